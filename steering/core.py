@@ -1,0 +1,154 @@
+"""What is steered and by what: the protocols that everything else implements.
+
+Shapes: N particles of shape D, R conditions (rows of a table built once), T steps. Step index i runs
+0 (noise) .. T (data) and is always a tensor [N].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A network that guesses the clean end: E[x_0 | x_t], raw and unclipped."""
+
+    def __call__(self, x: Tensor, t: Tensor, row: Tensor) -> Tensor:
+        """Guess the clean end of N particles.
+
+        Args:
+            x: [N, *D] float32 states on the model's device (tokens: [N, L] int64).
+            t: [N] times in the network's own units, as `Process.time` gives them, on x's device.
+            row: [N] int64 condition of each particle, on the CPU.
+
+        Returns:
+            [N, *D] float32 clean guesses (tokens: [N, L, V] log-probabilities).
+        """
+        ...
+
+    def rows(self, t: Tensor, row: Tensor) -> Tensor:
+        """Network rows that a call costs: [N] int64. 1, with classifier-free guidance 2."""
+        ...
+
+
+class Transition(Protocol):
+    """The law of the next state given this one: one step of the chain, for N particles."""
+
+    def sample(self, key: Tensor) -> Tensor:
+        """Draw the next states [N, *D]; `key` [N] int64 on the state's device, one per particle and step."""
+        ...
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density [N] float64 of next states x [N, *D]; 0 where the step is deterministic."""
+        ...
+
+
+class Process(Protocol):
+    """The chain from noise to data: its grid, its prior, its kernel. Clipping lives here."""
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps; states carry an index 0..T."""
+        ...
+
+    @property
+    def stochastic(self) -> Tensor:
+        """[T] bool, CPU: does step i -> i + 1 draw noise?"""
+        ...
+
+    def prior(self, key: Tensor) -> Tensor:
+        """States at step 0: [N, *D], a pure function of key [N] int64, on the key's device."""
+        ...
+
+    def time(self, i: Tensor) -> Tensor:
+        """[N] network times of steps i [N], on i's device."""
+        ...
+
+    def transition(self, x: Tensor, i: Tensor, clean: Tensor) -> Transition:
+        """Law of the states at i + 1 given states x [N, *D] at i [N] and raw clean guesses."""
+        ...
+
+
+class Reward(Protocol):
+    """`(items, prompts) -> [N]`, higher is better. Any such callable is a reward.
+
+    Items are what `Model.decode` returns: images [N, C, H, W] float32 in [0, 1]. A reward that is
+    differentiable in its items says so with an attribute `differentiable = True`.
+    """
+
+    def __call__(self, items: Any, prompts: Sequence[Any]) -> Tensor | Sequence[float]: ...
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a guidance makes of one step: the engine samples `guided` and weighs it by `base`."""
+
+    base: Transition
+    guided: Transition
+    clean: Tensor  # [N, *D] the clean guess that `base` was made from
+    failed: Tensor  # [N] bool
+
+
+class Guidance(Protocol):
+    """Bends a step. `exact` is False for methods whose kernel has no density."""
+
+    exact: bool
+
+    def propose(
+        self,
+        x: Tensor,
+        i: Tensor,
+        row: Tensor,
+        denoise: Callable[[Tensor, Tensor, Tensor], Tensor],
+        score: Callable[[Tensor, Tensor], Tensor],
+        process: Process,
+    ) -> Proposal:
+        """Propose the law of the next state.
+
+        Args:
+            x: [N, *D] states at steps `i` [N]; `row` [N] their conditions.
+            denoise: counted call (x, i, row) -> clean, differentiable in x.
+            score: (clean, row) -> [N], reward(decode(clean), prompts[row]), differentiable.
+            process: the chain.
+        """
+        ...
+
+    def rows(self, i: Tensor) -> Tensor:
+        """Network rows that `propose` costs at steps i [N], over a plain step's one call: [N] int64
+        factor (1: one denoiser call)."""
+        ...
+
+
+def images_in_unit_range(x: Tensor) -> Tensor:
+    """Pixels in [-1, 1] -> images in [0, 1], clamped: the decode of pixel models."""
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser, its chain, and the way from a state to an item: all that is steered.
+
+    Args:
+        denoiser: guesses the clean end.
+        process: the chain.
+        decode: clean states [N, *D] -> items (images [N, C, H, W] in [0, 1]); defaults to identity.
+        prompts: what each condition was asked for, handed to rewards: R entries; (None,) if nothing.
+        device: where states live.
+        name: for records and error messages.
+    """
+
+    denoiser: Denoiser
+    process: Process
+    decode: Callable[[Tensor], Any] = field(default=lambda x: x)
+    prompts: tuple[Any, ...] = (None,)
+    device: torch.device = torch.device("cpu")
+    name: str = "model"
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) == 0:
+            raise ValueError("prompts is empty: give one entry per condition, or (None,) for none.")
