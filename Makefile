@@ -1,0 +1,44 @@
+# Everything from a bare clone with only Python 3.11 or newer:
+#   make demo       install, then steer the built-in model and write pictures to demo/
+#   make test       install, then lint and all tests
+#   make lint       ruff and pyright
+#   make gpu-bench  the long benchmark, on a machine with a CUDA device (resumable)
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# one thread a process: two processes with two torch threads each are slower than with one
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test lint gpu-bench clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/.core-stamp
+	$(BIN)/steer demo --out demo
+
+test: .venv/.dev-stamp lint
+	$(BIN)/python -m pytest -n 2 -q --durations=10 tests
+	$(BIN)/python -m pytest -q --nbmake --nbmake-timeout=120 notebooks
+
+lint: .venv/.dev-stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+gpu-bench: .venv/.core-stamp
+	$(BIN)/python -m benchmarks.even_digits --gpu --out benchmarks/results
+
+.venv/.core-stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or newer is needed; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (a few minutes the first time)"
+	@$(PIP) -e .
+	@touch $@
+
+.venv/.dev-stamp: .venv/.core-stamp
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv demo runs .pytest_cache .ruff_cache .hypothesis
