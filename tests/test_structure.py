@@ -101,7 +101,8 @@ def test_import_is_light():
     # may read the disk.
     code = (
         "import time, sys; start = time.process_time(); import samplers, steering; "
-        "print(time.process_time() - start, *[n in sys.modules for n in ('diffusers', 'torchvision')])"
+        "print(time.process_time() - start, "
+        "*[name in sys.modules for name in ('diffusers', 'torchvision')])"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     runs = [
