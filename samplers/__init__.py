@@ -1,0 +1,28 @@
+"""How to steer: one paper per file, and the loop that runs them."""
+
+from samplers.ancestral import Ancestral
+from samplers.best_of_n import BestOfN
+from samplers.core import Budget, Draws, Plan, Purse, Rollouts, Sampler, Walked
+from samplers.importance import Importance
+from samplers.journal import CorruptRecordError
+from samplers.result import Result
+from samplers.run import load, sample
+from samplers.smc import SMC
+
+__all__ = [
+    "SMC",
+    "Ancestral",
+    "BestOfN",
+    "Budget",
+    "CorruptRecordError",
+    "Draws",
+    "Importance",
+    "Plan",
+    "Purse",
+    "Result",
+    "Rollouts",
+    "Sampler",
+    "Walked",
+    "load",
+    "sample",
+]

@@ -115,6 +115,7 @@ class Plan:
     lam: float  # inverse temperature λ
     seed: int
     budget: Budget
+    reuses: bool = True  # is a look's row the first row of any walk from there? (not when guided)
 
     @property
     def steps(self) -> int:
@@ -145,7 +146,7 @@ class Purse:
         self._open = [True] * plan.conditions
 
     def reserve(self, row: int, rows: int, scores: int = 1) -> bool:
-        """Take `rows` network rows and `scores` reward calls of condition `row`; False if refused."""
+        """Take network rows and reward calls of condition `row`; False if refused."""
         fits = self._open[row] and rows <= self._rows[row] and scores <= self._scores[row]
         if fits:
             self._rows[row] -= rows
@@ -169,7 +170,9 @@ class Draws:
     id: Tensor  # [K] int64 handles
     row: Tensor  # [K] int64
     log_weight: Tensor  # [K] float64, unnormalised
-    finished: Tensor  # [K] bool: at step T (False: a state on its way, decoded from its clean guess)
+    finished: (
+        Tensor  # [K] bool: at step T (False: a state on its way, decoded from its clean guess)
+    )
     root: Tensor  # [K] int64, equal for items that share their x_T
     log_z: Tensor  # [R] float64, estimate of log E_p[exp(λ reward)]; nan where there is none
     ranked: bool  # best first: drawing n means the n best, not n by weight

@@ -12,17 +12,17 @@ import math
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+
+from samplers.store import Store
 
 VERSION = 1
 _JOURNAL = "journal.jsonl"
-_COLUMNS = ("entry", "src", "row", "key", "start", "stop", "score", "angle", "rows", "reward", "log_ratio", "failed")  # fmt: skip
 
 
 class CorruptRecordError(ValueError):
@@ -50,6 +50,10 @@ class Walk:
     def question(self) -> tuple:
         """What was asked: with keyed noise it determines the answer."""
         return question(self.src, self.row, self.key, self.start, self.stop, self.score, self.angle)
+
+
+_COLUMNS = tuple(f.name for f in fields(Walk))
+_FLOATS = ("angle", "reward", "log_ratio")  # nan is written as null
 
 
 def question(src, row, key, start, stop, score, angle) -> tuple:
@@ -82,15 +86,18 @@ class Journal:
         else:
             self._append({"kind": "run", "version": VERSION, **header})
 
-    def walks(self, walks: list[Walk], states: dict[int, Tensor]) -> None:
-        """Append walks [N] and the end states of those in `states`, by entry."""
-        name = None
-        if states:
+    def walks(self, walks: list[Walk], states: Store, cleans: Store) -> None:
+        """Append walks, with the states they ended in and their clean guesses where kept."""
+        name, tensors = None, {}
+        for kind, store in (("state", states), ("clean", cleans)):
+            entries = [w.entry for w in walks if w.entry in store]
+            if entries:
+                tensors[f"{kind}.entry"] = torch.tensor(entries)
+                tensors[kind] = store.get(entries).cpu().contiguous()
+        if tensors:
             name = f"latents-{self._blobs:06d}.safetensors"
-            entries = torch.tensor(list(states), dtype=torch.int64)
-            stacked = torch.stack([states[e].cpu() for e in states]).contiguous()
             part = self.folder / (name + ".part")
-            save_file({"entry": entries, "state": stacked}, part)
+            save_file(tensors, part)
             _sync(part)
             os.replace(part, self.folder / name)
             self._blobs += 1
@@ -115,7 +122,8 @@ class Saved:
 
     header: dict[str, Any]
     record: Record
-    states: dict[int, Tensor]  # entry -> state [*D]
+    states: Store  # end states by entry
+    cleans: Store  # clean guesses of those that were scored on their way
     notes: list[dict[str, Any]]
 
 
@@ -136,16 +144,16 @@ def read(folder: str | Path) -> Saved:
         found = lines[0].get("version")
         raise CorruptRecordError(f"{folder} is of version {found!r}; this release reads {VERSION}.")
     walks: list[Walk] = []
-    states: dict[int, Tensor] = {}
+    stores = {"state": Store(), "clean": Store()}
     notes: list[dict[str, Any]] = []
     for line in lines[1:]:
         if line.get("kind") == "walks":
             walks += _walks(line, folder)
             if line.get("latents"):
-                states.update(_states(folder, line["latents"]))
+                _restore(folder, line["latents"], stores)
         else:
             notes.append(line)
-    return Saved(lines[0], Record(walks), states, notes)
+    return Saved(lines[0], Record(walks), stores["state"], stores["clean"], notes)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -173,27 +181,31 @@ def _cut_torn_line(path: Path) -> None:
 def _walks(line: dict[str, Any], folder: Path) -> list[Walk]:
     try:
         columns = [line[c] for c in _COLUMNS]
-        rows = list(zip(*columns, strict=True))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptRecordError(f"{folder}: a line of walks lacks columns ({error}).") from error
-    floats = [_COLUMNS.index(c) for c in ("angle", "reward", "log_ratio")]
-    return [
-        Walk(*(math.nan if k in floats and v is None else v for k, v in enumerate(r))) for r in rows
-    ]
+    except KeyError as error:
+        raise CorruptRecordError(f"{folder}: a line of walks lacks the column {error}.") from error
+    for k, name in enumerate(_COLUMNS):
+        if name in _FLOATS:
+            columns[k] = [math.nan if v is None else v for v in columns[k]]
+    return [Walk(*values) for values in zip(*columns, strict=True)]
 
 
-def _states(folder: Path, name: str) -> dict[int, Tensor]:
+def _restore(folder: Path, name: str, stores: dict[str, Store]) -> None:
     path = folder / name
     if Path(name).name != name or not path.exists():
         raise CorruptRecordError(f"{folder}: the states {name!r} are missing.")
     try:
         tensors = load_file(path)
-        entries, stacked = tensors["entry"].tolist(), tensors["state"]
     except Exception as error:  # safetensors raises its own type for every kind of damage
         raise CorruptRecordError(f"{path} cannot be read: {error}") from error
-    if len(entries) != len(stacked):
-        raise CorruptRecordError(f"{path}: {len(entries)} entries for {len(stacked)} states.")
-    return dict(zip(entries, stacked, strict=True))
+    for kind, store in stores.items():
+        if kind not in tensors:
+            continue
+        entries = tensors.get(f"{kind}.entry", torch.empty(0)).tolist()
+        if len(entries) != len(tensors[kind]):
+            raise CorruptRecordError(
+                f"{path}: {len(entries)} entries, {len(tensors[kind])} states."
+            )
+        store.put(entries, tensors[kind])
 
 
 def _plain(value: Any) -> Any:

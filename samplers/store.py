@@ -51,6 +51,12 @@ class Store:
         """Let go of handles; those not kept are passed over."""
         self._free += [self._slot.pop(h) for h in handles if h in self._slot]
 
+    def to(self, device: torch.device) -> Store:
+        """This store, with its arena on a device if that is not beyond its limit there."""
+        if self._arena is not None and self._arena.nbytes <= _DEVICE_BYTES:
+            self._arena = self._arena.to(device)
+        return self
+
     def _take(self, x: Tensor) -> int:
         if self._arena is None:
             self._arena = x.new_empty(64, *x.shape[1:])

@@ -1,0 +1,442 @@
+"""The one loop, and the only code that calls a network.
+
+Walks at different steps, of different conditions and of different trees share one forward call. A
+walk that ends makes room for the next one asked for. What a request costs is counted here and
+nowhere else; what a request is, its noise included, is fixed by its key, so an answer that a record
+already holds is given back without a network row.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samplers.core import PRIOR, Budget, Plan, Rollouts, Sampler, Walked
+from samplers.flight import Flight, Request
+from samplers.journal import Journal, Record, Walk, question
+from samplers.ledger import History, Ledger
+from samplers.network import Network
+from samplers.scoring import OnError, Scorer, Scores
+from samplers.store import Store
+from steering.core import Guidance, Model
+from steering.noise import child_key, normal
+
+_JOURNAL_SECONDS = 2.0  # answers are made durable at least this often
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run, as opposed to what: none of it changes which tree grows."""
+
+    batch: int = 64
+    on_error: OnError = "fail"
+    weights: str = "exact"
+
+
+class Engine:
+    """Walks what samplers ask for, on one model and one reward.
+
+    Args:
+        model: what is steered.
+        reward: (items, prompts) -> [N].
+        guidance: bends the stochastic steps; None is the model's own kernel.
+        settings: batch size and what a failing reward does.
+        record: answers that need no network.
+        store: states of those answers, by entry; `clean` their clean guesses where they have one.
+        journal: where answers are made durable.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        reward: Any,
+        guidance: Guidance | None = None,
+        settings: Settings = Settings(),
+        record: Record | None = None,
+        store: Store | None = None,
+        clean: Store | None = None,
+        journal: Journal | None = None,
+    ) -> None:
+        self.model, self.reward, self.guidance, self.settings = model, reward, guidance, settings
+        self.record = record or Record()
+        self.store = Store() if store is None else store
+        # E[x_0 | x] of kept states that were scored on their way
+        self.clean = Store() if clean is None else clean
+        self.ledger = Ledger.empty(len(model.prompts))
+        self.history = History()
+        self.entry: dict[int, int] = {}  # handle of the running sampler -> entry of the record
+        self.journal = journal
+        self._known = self.record.index()
+        self._unsaved: list[Walk] = []
+        self._saved_at = time.monotonic()
+        self._stochastic = model.process.stochastic.cpu()
+        self.network = Network(model, self.ledger, settings.batch)
+
+    def plan(self, lam: float, seed: int, budget: Budget) -> Plan:
+        """What a sampler may know before it starts."""
+        cost = self.network.rows
+        if self.guidance is not None:
+            factor = self.guidance.rows(torch.arange(self.model.process.steps)).cpu()
+            cost = torch.where(self._stochastic, cost * factor, cost)
+        reuses = self.guidance is None
+        return Plan(cost, self.network.rows, self._stochastic, lam, seed, budget, reuses)
+
+    def run(
+        self,
+        sampler: Sampler,
+        state: Any,
+        plan: Plan,
+        seconds: float | None = None,
+        watch: Callable[[Engine], None] | None = None,
+        offline: bool = False,
+    ) -> str:
+        """Walk until the sampler is done; how it ended: "done", "interrupted" or "seconds".
+
+        Args:
+            seconds: of wall clock for this call; may overrun by one network call.
+            watch: called after every round, to show progress.
+            offline: answer from the record alone, and stop ("interrupted") where it ends.
+        """
+        began = time.monotonic()
+        self.entry = {PRIOR: -1}
+        flight = Flight(self.settings.batch, self.model)
+        prompts = self.model.prompts
+        scorer = Scorer(self.model.decode, self.reward, prompts, self.settings.on_error)
+        stop = _Stop()
+        try:
+            while not sampler.done(state):
+                if stop.asked:
+                    return "interrupted"
+                if seconds is not None and time.monotonic() - began > seconds:
+                    return "seconds"
+                progressed = self._admit(sampler, state, plan, flight, scorer, offline)
+                if flight.n:
+                    self._step(sampler, state, flight, scorer)
+                idle = not flight.n and not progressed
+                for tag, scores in scorer.finished(wait=idle):
+                    self._scored(sampler, state, tag, scores)
+                    idle = False
+                self._save(force=False)
+                if watch is not None:
+                    watch(self)
+                if idle and not sampler.done(state):
+                    if offline:
+                        return "interrupted"
+                    raise RuntimeError(f"{type(sampler).__name__} waits for walks it never asked.")
+            return "done"
+        finally:
+            stop.close()
+            scorer.close()
+            self._save(force=True)
+            self.ledger.seconds += time.monotonic() - began
+
+    def states(self, handles: list[int]) -> Tensor:
+        """Kept states [N, *D] on the model's device."""
+        return self.store.get([self.entry[h] for h in handles]).to(self.model.device)
+
+    # --- one round -----------------------------------------------------------------------------
+
+    def _admit(self, sampler, state, plan, flight, scorer, offline) -> bool:
+        """Fill the free places of the batch; True if anything was asked for."""
+        asked = False
+        while flight.room:
+            rollouts = sampler.ask(state, flight.room)
+            if not len(rollouts):
+                self._drop(rollouts.drop)
+                break
+            if len(rollouts) > flight.room:
+                raise RuntimeError(
+                    f"{type(sampler).__name__} asked for {len(rollouts)} walks, there was room for "
+                    f"{flight.room}."
+                )
+            asked = True
+            requests = self._requests(rollouts, plan.steps)
+            known = [r for r in requests if r.known is not None]
+            if known:
+                self._replay(sampler, state, known)
+            new = [] if offline else [r for r in requests if r.known is None]
+            if new:
+                self._start(sampler, state, new, flight, scorer, plan.steps)
+            self._drop(rollouts.drop)
+        return asked
+
+    def _drop(self, handles: Tensor) -> None:
+        gone = [self.entry.pop(h) for h in handles.tolist() if h in self.entry]
+        self.store.drop(gone)
+        self.clean.drop(gone)
+
+    def _requests(self, rollouts: Rollouts, steps: int) -> list[Request]:
+        angle = [math.nan] * len(rollouts) if rollouts.angle is None else rollouts.angle.tolist()
+        columns = (rollouts.id, rollouts.src, rollouts.start, rollouts.stop, rollouts.key)
+        requests = []
+        for id, src, start, stop, key, row, score, turn in zip(
+            *(c.tolist() for c in columns),
+            rollouts.row.tolist(),
+            rollouts.score.tolist(),
+            angle,
+            strict=True,
+        ):
+            if id in self.entry:
+                raise RuntimeError(f"handle {id} was asked for twice.")
+            if not 0 <= start <= stop <= steps:
+                raise RuntimeError(f"a walk {start} -> {stop} does not fit {steps} steps.")
+            src_entry = self.entry[src]
+            known = self._known.get(question(src_entry, row, key, start, stop, score, turn))
+            if known is not None:
+                self.entry[id] = known.entry
+            else:
+                self.entry[id] = self.record.next_entry
+                self.record.next_entry += 1
+            requests.append(
+                Request(id, self.entry[id], src_entry, start, stop, key, row, score, turn, known)
+            )
+        return requests
+
+    def _replay(self, sampler, state, requests: list[Request]) -> None:
+        walks = [r.known for r in requests if r.known is not None]
+        for walk in walks:
+            self.ledger.rows[walk.row] += walk.rows
+            self.ledger.reward_calls[walk.row] += walk.score
+            self.ledger.replayed += walk.rows
+            if walk.score and walk.stop == self.model.process.steps:
+                self._see(walk.reward, walk.row)
+        sampler.tell(state, _walked([r.id for r in requests], walks))
+
+    def _start(self, sampler, state, requests, flight, scorer, steps: int) -> None:
+        device = self.model.device
+        key = torch.tensor([r.key for r in requests], device=device)
+        x = self._sources(requests, key)
+        for k in [k for k, r in enumerate(requests) if not math.isnan(r.angle)]:
+            turn = requests[k].angle
+            x[k] = math.cos(turn) * x[k] + math.sin(turn) * normal(key[k : k + 1], x.shape[1:])[0]
+        self._first_step_from_cache(requests, x, key)
+        planted, landed, walking = [], [], []
+        for k, r in enumerate(requests):
+            if r.at < r.stop or (r.score and r.stop < steps):
+                walking.append(k)
+            else:
+                (landed if r.score else planted).append(k)
+        if walking:
+            flight.add([requests[k] for k in walking], x[walking], key[walking])
+        self._land(sampler, state, [requests[k] for k in planted], x[planted], scorer, steps)
+        self._land(sampler, state, [requests[k] for k in landed], x[landed], scorer, steps)
+
+    def _sources(self, requests: list[Request], key: Tensor) -> Tensor:
+        """Where walks begin: [N, *D], drawn from the prior or taken from the store."""
+        fresh = [k for k, r in enumerate(requests) if r.src == -1]
+        kept = [k for k, r in enumerate(requests) if r.src != -1]
+        x = torch.empty(0)
+        if fresh:
+            drawn = self.model.process.prior(key[fresh])
+            x = drawn.new_empty(len(requests), *drawn.shape[1:])
+            x[fresh] = drawn
+        if kept:
+            stored = self.store.get([requests[k].src for k in kept]).to(self.model.device)
+            if not fresh:
+                return stored
+            x[kept] = stored
+        return x
+
+    def _first_step_from_cache(self, requests: list[Request], x: Tensor, key: Tensor) -> None:
+        """A state that was scored on its way has its first network call behind it."""
+        if self.guidance is not None or not len(self.clean):
+            return
+        cached = [
+            k
+            for k, r in enumerate(requests)
+            if r.start < r.stop and r.src in self.clean and math.isnan(r.angle)
+        ]
+        if not cached:
+            return
+        i = torch.tensor([requests[k].start for k in cached], device=x.device)
+        clean = self.clean.get([requests[k].src for k in cached]).to(x.device)
+        transition = self.model.process.transition(x[cached], i, clean)
+        x[cached] = transition.sample(child_key(key[cached], i))
+        for k in cached:
+            requests[k].at += 1
+
+    def _step(self, sampler, state, flight: Flight, scorer) -> None:
+        """One network call for everything in flight."""
+        requests, n, process = flight.requests, flight.n, self.model.process
+        x = flight.x[:n]
+        at = torch.tensor([r.at for r in requests])
+        looking = torch.tensor([r.at == r.stop for r in requests])  # only the score is missing
+        row = torch.tensor([r.row for r in requests])
+        i = at.to(x.device)
+        if self.guidance is None:
+            clean = self.network(x, i, at, row)
+            self._charge(requests, row, at)
+            walking = (~looking).nonzero().flatten()
+            everyone = len(walking) == n
+            sub = slice(None) if everyone else walking.to(x.device)
+            key = flight.keys_at(at)[sub]
+            flight.x[:n][sub] = process.transition(x[sub], i[sub], clean[sub]).sample(key)
+        else:
+            clean = self._guided_step(flight, x, at, row, looking)
+        seen = looking.nonzero().flatten().tolist()
+        if seen:
+            self.clean.put([requests[k].entry for k in seen], clean[seen])
+            looked = [requests[k] for k in seen]
+            self.store.put([r.entry for r in looked], flight.x[seen])
+            scorer.submit(looked, clean[seen], [r.row for r in looked])
+        ended = []
+        steps = process.steps
+        for k, r in enumerate(requests):
+            if r.at < r.stop:
+                r.at += 1
+                if r.at == r.stop and (r.stop == steps or not r.score):
+                    ended.append(k)
+        if ended:
+            plain = [k for k in ended if not requests[k].score]
+            scored = [k for k in ended if requests[k].score]
+            for part in (plain, scored):
+                self._land(
+                    sampler, state, [requests[k] for k in part], flight.x[part], scorer, steps
+                )
+        if ended or seen:
+            flight.remove(sorted({*ended, *seen}))
+
+    def _guided_step(self, flight, x, at, row, looking: Tensor) -> Tensor:
+        """The same for guided kernels, where the step draws noise; [N, *D] clean guesses."""
+        assert self.guidance is not None
+        process, requests = self.model.process, flight.requests
+        bent = ~looking & self._stochastic[at.clamp(max=process.steps - 1)]
+        clean = torch.empty_like(x)
+        keys, i = flight.keys_at(at), at.to(x.device)
+        straight = (~bent).nonzero().flatten().tolist()
+        if straight:
+            part = [requests[k] for k in straight]
+            clean[straight] = self.network(x[straight], i[straight], at[straight], row[straight])
+            self._charge(part, row[straight], at[straight])
+            walking = [k for k in straight if not looking[k]]
+            if walking:
+                transition = process.transition(x[walking], i[walking], clean[walking])
+                flight.x[walking] = transition.sample(keys[walking])
+        bends = bent.nonzero().flatten().tolist()
+        if bends:
+            part = [requests[k] for k in bends]
+            proposal = self.guidance.propose(
+                x[bends], i[bends], row[bends], self._denoise(part), self._score, process
+            )
+            moved = proposal.guided.sample(keys[bends])
+            ratio = proposal.base.log_prob(moved) - proposal.guided.log_prob(moved)
+            flight.x[bends] = moved
+            clean[bends] = proposal.clean.detach()
+            for r, lr, failed in zip(part, ratio.tolist(), proposal.failed.tolist(), strict=True):
+                r.log_ratio += lr if self.settings.weights == "exact" else 0.0
+                r.failed |= failed
+        return clean
+
+    def _denoise(self, requests: list[Request]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def denoise(x: Tensor, i: Tensor, row: Tensor) -> Tensor:
+            self._charge(requests, row, i.cpu())
+            return self.network.differentiable(x, i, row)
+
+        return denoise
+
+    def _charge(self, requests: list[Request], row: Tensor, at: Tensor) -> None:
+        for r, rows in zip(requests, self.network.cost(row, at), strict=True):
+            r.rows += rows
+
+    def _score(self, clean: Tensor, row: Tensor) -> Tensor:
+        self.ledger.decodes += len(clean)
+        prompts = [self.model.prompts[r] for r in row.tolist()]
+        return self.reward(self.model.decode(clean), prompts)
+
+    # --- what ends -----------------------------------------------------------------------------
+
+    def _land(self, sampler, state, requests, x: Tensor, scorer, steps: int) -> None:
+        """Keep the states of walks that have ended; score them, or tell at once."""
+        if not requests:
+            return
+        self.store.put([r.entry for r in requests], x)
+        if requests[0].score:
+            scorer.submit(requests, x, [r.row for r in requests])
+        else:
+            self._tell(sampler, state, requests, [math.nan] * len(requests))
+
+    def _scored(self, sampler, state, requests: list[Request], scores: Scores) -> None:
+        rewards = scores.reward.tolist()
+        self.ledger.decodes += len(requests)
+        self.ledger.rescored += scores.calls - len(requests)
+        self.ledger.first_error = self.ledger.first_error or scores.error
+        for r, reward in zip(requests, rewards, strict=True):
+            self.ledger.reward_calls[r.row] += 1
+            r.failed |= math.isnan(reward)
+            if r.stop == self.model.process.steps:
+                self._see(reward, r.row)
+        self._tell(sampler, state, requests, rewards)
+
+    def _see(self, reward: float, row: int) -> None:
+        self.history.nfe.append(int(self.ledger.rows.sum()))
+        self.history.reward.append(reward)
+        self.history.row.append(row)
+
+    def _tell(self, sampler, state, requests: list[Request], rewards: list[float]) -> None:
+        walks = []
+        for r, reward in zip(requests, rewards, strict=True):
+            broken = r.failed or not math.isfinite(r.log_ratio)
+            walks.append(
+                Walk(
+                    r.entry,
+                    r.src,
+                    r.row,
+                    r.key,
+                    r.start,
+                    r.stop,
+                    r.score,
+                    r.angle,
+                    r.rows,
+                    math.nan if broken else reward,
+                    math.nan if broken else r.log_ratio,
+                    broken,
+                )
+            )
+        self.record.walks += walks
+        if self.journal is not None:
+            self._unsaved += walks
+        sampler.tell(state, _walked([r.id for r in requests], walks))
+
+    def _save(self, force: bool) -> None:
+        due = force or time.monotonic() - self._saved_at > _JOURNAL_SECONDS
+        if self.journal is None or not self._unsaved or not due:
+            return
+        self.journal.walks(self._unsaved, self.store, self.clean)
+        self._unsaved = []
+        self._saved_at = time.monotonic()
+
+
+class _Stop:
+    """Ctrl-C as a wish: the round ends, what was found is returned. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._mine = threading.current_thread() is threading.main_thread()
+        if self._mine:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def close(self) -> None:
+        if self._mine:
+            signal.signal(signal.SIGINT, self._before)
+
+
+def _walked(ids: list[int], walks: list[Walk]) -> Walked:
+    return Walked(
+        torch.tensor(ids, dtype=torch.int64),
+        torch.tensor([w.reward for w in walks], dtype=torch.float64),
+        torch.tensor([w.log_ratio for w in walks], dtype=torch.float64),
+        torch.tensor([w.failed for w in walks], dtype=torch.bool),
+    )

@@ -1,0 +1,88 @@
+"""The denoiser as the engine calls it: at a few fixed sizes, counted, smaller if memory ends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from samplers.ledger import Ledger
+from steering.core import Model
+
+_SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+class Network:
+    """Counts what its denoiser is called for; `rows` [R, T] int64 is the price of every call.
+
+    Networks are not bit-equal over batch sizes below 16, and compiled graphs want few shapes, so
+    a call is filled up to one of a few sizes with copies of its first row.
+    """
+
+    def __init__(self, model: Model, ledger: Ledger, batch: int) -> None:
+        self._model, self._ledger, self._largest = model, ledger, batch
+        steps = torch.arange(model.process.steps, device=model.device)
+        time = model.process.time(steps)
+        # read once: asking the device in every round would wait for it
+        self.rows = torch.stack(
+            [
+                model.denoiser.rows(time, torch.full((len(steps),), r)).cpu()
+                for r in range(len(model.prompts))
+            ]
+        )
+
+    def __call__(self, x: Tensor, i: Tensor, at: Tensor, row: Tensor) -> Tensor:
+        """Clean guesses [N, *D], without gradients.
+
+        A call that runs out of memory is tried again at half its size, from there on for good;
+        what was computed before it is kept.
+
+        Args:
+            x: [N, *D] states.
+            i: [N] their steps, on x's device; `at` [N] the same on the CPU.
+            row: [N] their conditions, on the CPU.
+        """
+        t = self._model.process.time(i)
+        parts, done = [], 0
+        while done < len(x):
+            size = min(len(x) - done, self._largest)
+            full = min(next((s for s in _SIZES if s >= size), size), self._largest)
+            part = slice(done, done + size)
+            filled = (_filled(v[part], full) for v in (x, t, row))
+            try:
+                with torch.no_grad():
+                    guess = self._model.denoiser(*filled)
+            except torch.OutOfMemoryError:
+                if full == 1:
+                    raise
+                self._largest = full // 2
+                torch.cuda.empty_cache()
+                continue
+            parts.append(guess[:size])
+            self._count(row[part], at[part], full - size)
+            done += size
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def differentiable(self, x: Tensor, i: Tensor, row: Tensor) -> Tensor:
+        """Clean guesses [N, *D] in one call, with gradients; the rows that use them are counted."""
+        self._count(row, i.cpu(), 0)
+        clean = self._model.denoiser(x, self._model.process.time(i), row)
+        if clean.requires_grad:
+            clean.register_hook(lambda grad: self._differentiated(len(grad)))
+        return clean
+
+    def cost(self, row: Tensor, at: Tensor) -> list[int]:
+        """Network rows of one call of conditions `row` [N] at steps `at` [N]."""
+        return self.rows[row, at].tolist()
+
+    def _count(self, row: Tensor, at: Tensor, padded: int) -> None:
+        self._ledger.calls += 1
+        self._ledger.padded += padded
+        self._ledger.rows.index_add_(0, row, self.rows[row, at])
+
+    def _differentiated(self, n: int) -> None:
+        self._ledger.backward += n
+
+
+def _filled(x: Tensor, size: int) -> Tensor:
+    missing = size - len(x)
+    return x if missing <= 0 else torch.cat([x, x[:1].expand(missing, *x.shape[1:])])

@@ -1,0 +1,263 @@
+"""What a run gives back: items, their weights, and an honest account of what was spent."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from samplers.core import Draws
+from samplers.engine import Engine
+from samplers.ledger import History, Ledger
+from samplers.scoring import call_reward, reward_name
+from search.resample import ess, stratified
+from search.tree import Tree
+from steering.noise import child_key, root_key, uniform
+
+if TYPE_CHECKING:
+    from samplers.spec import Spec
+
+_DRAW = -2  # child number of the uniforms that draws are made with; no walk has it
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Draws of a run. K distinct items, R conditions.
+
+    `counts` says how often each item was drawn: items are not repeated. Without `draws` every item
+    that was found is here once, with its weight.
+    """
+
+    ids: Tensor  # [K] int64 handles
+    rows: Tensor  # [K] int64 condition of each item
+    rewards: Tensor  # [K] float64
+    counts: Tensor  # [K] int64 multiplicity
+    weights: Tensor  # [K] float64, normalised per condition over all that was found
+    finished: Tensor  # [K] bool; False: read off the clean guess of a state on its way
+    ess: Tensor  # [R] float64 effective sample size over the items found
+    root_ess: Tensor  # [R] float64 the same over distinct x_T: items of one x_T are not independent
+    log_z: Tensor  # [R] float64 estimate of log E_p[exp(λ reward)]; nan where there is none
+    found: Tensor  # [R] int64 items found, of which `distinct` were drawn
+    failed: int  # walks whose reward failed
+    also: dict[str, Tensor]  # held-out rewards [K] float64, which nothing was steered by
+    tree: Tree | None
+    history: History
+    spent: Ledger
+    lam: float
+    biased: bool  # guided without weights: not the law that `weights` names
+    status: str  # "done", "interrupted" or "seconds"
+    _engine: Engine = field(repr=False)
+    _spec: Spec = field(repr=False)
+    _draws: int | None = field(repr=False)
+    _also: tuple[Any, ...] = field(repr=False)
+
+    @property
+    def nfe(self) -> int:
+        """Network rows spent, over all conditions; `spent.rows` has them apart."""
+        return int(self.spent.rows.sum())
+
+    @property
+    def distinct(self) -> int:
+        """Distinct items among the draws."""
+        return len(self.ids)
+
+    @property
+    def prompts(self) -> list[Any]:
+        """[K] what each item was asked for."""
+        return [self._engine.model.prompts[r] for r in self.rows.tolist()]
+
+    @cached_property
+    def items(self) -> Tensor:
+        """[K, ...] decoded items, on the CPU (images: [K, C, H, W] float32 in [0, 1])."""
+        return decode(self._engine, self.ids, self.finished)
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """K PIL images, in the order of `rewards`."""
+        if self.items.ndim != 4 or self.items.shape[1] not in (1, 3):
+            shape = tuple(self.items.shape)
+            raise TypeError(f"items of shape {shape} are no images [K, 1 or 3, H, W]: use .items.")
+        pixels = (self.items * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
+
+    @property
+    def best(self) -> int:
+        """Index of the item with the highest reward."""
+        if not self.distinct:
+            raise ValueError("nothing was found, so nothing is best: see .spent.first_error.")
+        return int(self.rewards.argmax())
+
+    def states(self, ids: Tensor) -> Tensor:
+        """Kept states [N, *D] of handles, for instance of a tree's nodes."""
+        return self._engine.states(ids.tolist())
+
+    def thumbnails(self, ids: Tensor) -> Tensor:
+        """[N, ...] decoded items of handles [N], inner nodes as they are, on the CPU."""
+        return decode(self._engine, ids, torch.ones(len(ids), dtype=torch.bool))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the record of the run: a journal and its states; `samplers.load` reads it.
+
+        Raises:
+            FileExistsError: the folder holds another record.
+        """
+        from samplers.run import save
+
+        save(self, folder)
+
+    def more(
+        self,
+        *,
+        nfe: int | None = None,
+        reward_calls: int | None = None,
+        seconds: float | None = None,
+        progress: bool = True,
+    ) -> Result:
+        """Go on with a larger budget; every walk already made is used again.
+
+        Args:
+            nfe, reward_calls: what to add to the limits so far, per condition.
+            seconds: of wall clock for what is added.
+            progress: show a bar.
+        """
+        from samplers.run import more
+
+        return more(self, nfe=nfe, reward_calls=reward_calls, seconds=seconds, progress=progress)
+
+    def __str__(self) -> str:
+        ess_, roots = self.ess.mean().item(), self.root_ess.mean().item()
+        lines = [
+            f"{int(self.counts.sum())} draws, {self.distinct} distinct, of "
+            f"{int(self.found.sum())} found ({self.failed} failed); "
+            f"ESS {ess_:.1f}, over distinct starting noises {roots:.1f}"
+            + (", BIASED: guided without weights" if self.biased else "")
+        ]
+        if self.distinct:
+            share = self.counts.double() / self.counts.sum()
+            log_z = ", ".join(f"{z:.3f}" for z in self.log_z.tolist()[:4])
+            log_z += ", ..." if len(self.log_z) > 4 else ""
+            lines.append(
+                f"reward: mean {float((share * self.rewards).sum()):.4f}, "
+                f"best {float(self.rewards.max()):.4f}; log Z {log_z} at lam={self.lam:.4g}"
+            )
+            for name, value in self.also.items():
+                lines.append(f"held out, {name}: mean {float((share * value).sum()):.4f}")
+        spent = self.spent
+        lines.append(
+            f"{self.nfe} network rows in {spent.calls} calls ({spent.padded} rows of padding, "
+            f"{spent.replayed} rows from the record), "
+            f"{int(spent.reward_calls.sum())} reward calls, {spent.decodes} decodes, "
+            f"{spent.seconds:.1f} s; {self.status}"
+        )
+        if self.failed and spent.first_error:
+            lines.append(f"first failure of the reward: {spent.first_error}")
+        return "\n".join(lines)
+
+
+def decode(engine: Engine, ids: Tensor, finished: Tensor) -> Tensor:
+    """Decode kept states [K, *D], in chunks of the batch size; an unfinished one by its guess."""
+    if not len(ids):
+        return torch.empty(0)
+    parts = []
+    for chunk in torch.arange(len(ids)).split(engine.settings.batch):
+        x = engine.states(ids[chunk].tolist())
+        for k, c in enumerate(chunk.tolist()):
+            entry = engine.entry[int(ids[c])]
+            if not finished[c] and entry in engine.clean:
+                x[k] = engine.clean.get([entry])[0].to(x)
+        with torch.no_grad():
+            parts.append(torch.as_tensor(engine.model.decode(x)).cpu())
+        engine.ledger.decodes += len(chunk)
+    return torch.cat(parts)
+
+
+def assemble(
+    engine: Engine,
+    spec: Spec,
+    found: Draws,
+    rewards: dict[int, float],
+    draws: int | None,
+    also: tuple[Any, ...],
+    status: str,
+) -> Result:
+    """Turn what a sampler found into draws: all of it, the best n, or n by weight."""
+    conditions = len(engine.model.prompts)
+    weights = torch.zeros(len(found.id), dtype=torch.float64)
+    size, root_size = (torch.zeros(conditions, dtype=torch.float64) for _ in range(2))
+    chosen, counts = [], []
+    for r in range(conditions):
+        here = (found.row == r).nonzero().flatten()
+        if not len(here):
+            continue
+        log_w = found.log_weight[here]
+        if not (log_w > -torch.inf).any():  # nothing has weight: every item counts the same
+            log_w = torch.zeros_like(log_w)
+        weights[here] = torch.softmax(log_w, 0)
+        size[r] = ess(log_w)
+        _, group = found.root[here].unique(return_inverse=True)
+        by_root = torch.zeros(int(group.max()) + 1, dtype=torch.float64)
+        root_size[r] = ess(by_root.index_add(0, group, weights[here]).log())
+        if draws is None:
+            picked, times = here, torch.ones(len(here), dtype=torch.int64)
+        elif found.ranked:
+            picked = here[:draws]
+            times = torch.ones(len(picked), dtype=torch.int64)
+        else:
+            key = child_key(root_key(spec.seed, torch.tensor([r])), _DRAW)
+            index, times = stratified(log_w, uniform(key, (draws,))[0]).unique(return_counts=True)
+            picked = here[index]
+        if not found.ranked:
+            order = weights[picked].argsort(descending=True, stable=True)
+            picked, times = picked[order], times[order]
+        chosen.append(picked)
+        counts.append(times)
+    none = torch.empty(0, dtype=torch.int64)
+    pick, count = (torch.cat(c) if c else none for c in (chosen, counts))
+    ids = found.id[pick]
+    finished = found.finished[pick]
+    held_out = {}
+    if also:
+        items = decode(engine, ids, finished)
+        prompts = [engine.model.prompts[r] for r in found.row[pick].tolist()]
+        for reward in also:
+            parts = [
+                call_reward(reward, items[c], [prompts[k] for k in c.tolist()], "fail").reward
+                for c in torch.arange(len(ids)).split(engine.settings.batch)
+            ]
+            held_out[_unused(reward_name(reward), held_out)] = torch.cat(
+                [torch.empty(0, dtype=torch.float64), *parts]
+            )
+    return Result(
+        ids=ids,
+        rows=found.row[pick],
+        rewards=torch.tensor([rewards[h] for h in ids.tolist()], dtype=torch.float64),
+        counts=count,
+        weights=weights[pick],
+        finished=finished,
+        ess=size,
+        root_ess=root_size,
+        log_z=found.log_z,
+        found=torch.bincount(found.row, minlength=conditions),
+        failed=sum(w.failed for w in engine.record.walks),
+        also=held_out,
+        tree=found.tree,
+        history=engine.history,
+        spent=dataclasses.replace(engine.ledger),
+        lam=spec.lam,
+        biased=engine.guidance is not None and spec.weights == "none",
+        status=status,
+        _engine=engine,
+        _spec=spec,
+        _draws=draws,
+        _also=also,
+    )
+
+
+def _unused(name: str, taken: dict[str, Any]) -> str:
+    return name if name not in taken else _unused(name + "'", taken)

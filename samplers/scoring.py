@@ -1,0 +1,121 @@
+"""Rewards as the engine calls them: checked, counted, off the main thread, failure as a value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+OnError = Literal["fail", "raise"]
+# An item cannot make these happen, a mistake in the program can: they always end the run.
+_PROGRAMMING = (TypeError, NameError, AttributeError, ImportError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of one batch of items."""
+
+    reward: Tensor  # [N] float64, nan where failed
+    calls: int  # items scored, retries included
+    error: str | None  # the last thing that went wrong, for the report
+
+
+def reward_name(reward: Any) -> str:
+    """How a reward is called in tables: its `name`, its function's name, or its class."""
+    own = getattr(reward, "name", None) or getattr(reward, "__name__", None)
+    return own if isinstance(own, str) else type(reward).__name__
+
+
+def call_reward(reward: Any, items: Any, prompts: Sequence[Any], on_error: OnError) -> Scores:
+    """Score items; an item that raises, or scores nan or inf, has failed.
+
+    A batch that raises is scored again one by one, to find the item to blame.
+
+    Raises:
+        ValueError: the reward did not return one number per item.
+        Exception: whatever a programming error raises; with on_error="raise", anything.
+    """
+    n = len(prompts)
+    try:
+        with torch.no_grad():
+            value = reward(items, list(prompts))
+        scores = _as_scores(value, n, reward)
+    except _PROGRAMMING:
+        raise
+    except WrongShapeError:
+        raise
+    except Exception as error:
+        if on_error == "raise":
+            raise
+        message = f"{type(error).__name__}: {error}"
+        if n == 1:
+            return Scores(torch.full((1,), torch.nan, dtype=torch.float64), 1, message)
+        alone = [
+            call_reward(reward, items[k : k + 1], prompts[k : k + 1], on_error) for k in range(n)
+        ]
+        return Scores(
+            torch.cat([a.reward for a in alone]), n + sum(a.calls for a in alone), message
+        )
+    bad = ~scores.isfinite()
+    if bad.any() and on_error == "raise":
+        raise ValueError(f"reward {reward_name(reward)} returned {scores[bad][0].item()}.")
+    scores = scores.masked_fill(bad, torch.nan)
+    return Scores(scores, n, "a reward that is not finite" if bad.any() else None)
+
+
+class WrongShapeError(ValueError):
+    """A reward that did not return one number per item."""
+
+
+def _as_scores(value: Any, n: int, reward: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        value = torch.tensor(
+            [math.nan if v is None else float(v) for v in value], dtype=torch.float64
+        )
+    if tuple(value.shape) != (n,):
+        raise WrongShapeError(
+            f"reward {reward_name(reward)} returned shape {tuple(value.shape)} for {n} items: "
+            f"return one number per item, shape ({n},)."
+        )
+    return value.detach().to("cpu", torch.float64)
+
+
+class Scorer:
+    """Decodes and scores in a thread of its own while denoising goes on."""
+
+    def __init__(
+        self, decode: Callable, reward: Any, prompts: Sequence[Any], on_error: OnError
+    ) -> None:
+        self._decode, self._reward, self._prompts = decode, reward, prompts
+        self._on_error: OnError = on_error
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward")
+        self._jobs: list[tuple[Any, Future[Scores]]] = []
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def submit(self, tag: Any, x: Tensor, row: list[int]) -> None:
+        """Score clean states x [N, *D] of conditions `row`; `tag` comes back with the answer."""
+        self._jobs.append((tag, self._pool.submit(self._run, x, row)))
+
+    def finished(self, wait: bool) -> list[tuple[Any, Scores]]:
+        """Answers in the order of submission; waits for the first one if asked to."""
+        answers = []
+        while self._jobs and (self._jobs[0][1].done() or (wait and not answers)):
+            tag, job = self._jobs.pop(0)
+            answers.append((tag, job.result()))
+        return answers
+
+    def close(self) -> None:
+        """Let a call that is running end, and start no other."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, x: Tensor, row: list[int]) -> Scores:
+        with torch.no_grad():
+            items = self._decode(x)
+        return call_reward(self._reward, items, [self._prompts[r] for r in row], self._on_error)

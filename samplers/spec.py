@@ -1,0 +1,88 @@
+"""All that decides a run besides its model and reward, in memory and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from samplers import journal
+from samplers.core import Budget, Sampler
+from steering.core import Model
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that decides a run besides its model and reward."""
+
+    sampler: Any
+    lam: float
+    seed: int
+    budget: Budget  # of the whole run, the pilot included
+    weights: str
+    pilot: int = 0  # walks per condition that were spent on finding lam
+    pilot_rows: tuple[int, ...] = ()  # [R] network rows that those took
+
+
+def encode(value: Any) -> Any:
+    """A sampler, a Spec or a plain value as JSON; TypeError for what JSON cannot hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, (tuple, list)):
+        return [encode(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{type(value).__name__} in a sampler's settings cannot be recorded as JSON.")
+
+
+def decode(value: Any, own: Sampler | None) -> Any:
+    """What `encode` was given; `own` stands in for a sampler of its name that is not ours."""
+    if isinstance(value, list):
+        return tuple(decode(v, own) for v in value)
+    if not isinstance(value, dict):
+        return value
+    import samplers
+
+    known = {"Spec": Spec, "Budget": Budget, **{n: getattr(samplers, n) for n in samplers.__all__}}
+    kind = value["type"]
+    if own is not None and type(own).__name__ == kind:
+        return own
+    if not dataclasses.is_dataclass(known.get(kind)):
+        raise ValueError(f"the record names a sampler {kind!r} that is not ours: give sampler=.")
+    return known[kind](**{k: decode(v, own) for k, v in value.items() if k != "type"})
+
+
+def header(model: Model, spec: Spec, aim: dict[str, float | None] | None) -> dict[str, Any]:
+    """First line of a run's journal; `aim` is the target λ was sought for, if any."""
+    return {
+        "model": model.name,
+        "steps": model.process.steps,
+        "prompts": [str(p) for p in model.prompts],
+        "aim": aim,
+        "spec": encode(spec),
+    }
+
+
+def spec_of(saved: journal.Saved, own: Sampler | None) -> Spec:
+    """The Spec of a saved run as it was last."""
+    specs = [saved.header["spec"], *(n["spec"] for n in saved.notes if "spec" in n)]
+    return decode(specs[-1], own)
+
+
+def check_same_run(folder: Any, kept: dict[str, Any], asked: dict[str, Any]) -> None:
+    """ValueError, naming the first difference, unless the record is of the run asked for."""
+    drop = ("pilot", "pilot_rows", *(("lam",) if asked["aim"] else ()))
+    for name in ("model", "steps", "prompts", "aim"):
+        if kept[name] != asked[name]:
+            raise ValueError(_other(folder, name, kept[name], asked[name]))
+    for name, value in asked["spec"].items():
+        if name not in drop and kept["spec"][name] != value:
+            raise ValueError(_other(folder, name, kept["spec"][name], value))
+
+
+def _other(folder: Any, name: str, kept: Any, asked: Any) -> str:
+    return (
+        f"record={str(folder)!r} holds another run: its {name} is {kept!r}, asked for is "
+        f"{asked!r}. Give another folder; to raise a budget, load it and call more()."
+    )
