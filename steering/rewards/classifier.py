@@ -1,0 +1,66 @@
+"""Log-probability that a classifier gives to a set of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steering.rewards.compose import Composable
+
+
+@dataclass(frozen=True)
+class Classifier(Composable):
+    """reward(x) = log sum_{c in classes} p(c | x), in nats; differentiable.
+
+    Range (-inf, 0], 0 = certain: so λ = 1 draws from p(x | class in classes) under a classifier
+    that is Bayes' for the model, and rejection sampling is exact.
+
+    Args:
+        net: images [N, C, H, W] in [0, 1] -> logits [N, classes of the net]; used as it is, in
+            evaluation mode, on its own device.
+        classes: those wanted; their probabilities are added.
+
+    Raises:
+        TypeError, ValueError: `net` is not callable, `classes` is empty, repeated or negative;
+            on the first call, when a class is beyond the net's.
+    """
+
+    net: Any
+    classes: tuple[int, ...]
+    differentiable: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.net):
+            raise TypeError(
+                f"net={self.net!r} is not callable: give images [N, C, H, W] -> logits."
+            )
+        if isinstance(self.classes, (int, str)) or not isinstance(self.classes, Sequence):
+            raise TypeError(f"classes={self.classes!r}: give a list of class numbers.")
+        classes = tuple(self.classes)
+        if not all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in classes):
+            raise ValueError(f"classes={classes}: give whole numbers >= 0.")
+        if not classes or len(set(classes)) < len(classes):
+            raise ValueError(f"classes={classes}: give at least one class, each once.")
+        object.__setattr__(self, "classes", classes)
+        if isinstance(self.net, nn.Module):
+            self.net.eval()
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"log p({','.join(map(str, self.classes))})"
+
+    def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
+        weights = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
+        logits = self.net(items if weights is None else items.to(weights.device))
+        if logits.ndim != 2 or logits.shape[1] <= max(self.classes):
+            raise TypeError(
+                f"net returned shape {tuple(logits.shape)} and classes={self.classes}: it must "
+                "return [N, number of classes], and every class must be below that number."
+            )
+        log_p = logits.float().log_softmax(1)[:, list(self.classes)]
+        return torch.logsumexp(log_p, 1).clamp(max=0)  # rounding must not make p > 1

@@ -1,0 +1,84 @@
+"""Rewards that look at PIL images: black boxes."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from steering.rewards.compose import Composable
+
+
+@dataclass(frozen=True)
+class FromPil(Composable):
+    """A reward made of a function of PIL images; `from_pil` makes one. Not differentiable.
+
+    An image with a pixel that is not finite is not shown to the function: it scores nan.
+
+    Args:
+        function: (list of n images[, their n prompts]) -> n numbers, None where it has no opinion.
+        name: for tables.
+    """
+
+    function: Callable[..., Sequence[float | None] | Tensor]
+    name: str
+    differentiable: bool = field(default=False, init=False)
+
+    def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
+        shown = items.detach().flatten(1).isfinite().all(1).nonzero().flatten().tolist()
+        images = to_pil(items.detach()[shown])
+        given = (images, [prompts[k] for k in shown])[: _arguments(self.function)]
+        values = self.function(*given)
+        if len(values) != len(shown):
+            raise TypeError(
+                f"reward {self.name} returned {len(values)} numbers for {len(shown)} images: "
+                "return one per image."
+            )
+        scores = torch.full((len(items),), math.nan, dtype=torch.float64)
+        for k, value in zip(shown, values, strict=True):
+            scores[k] = math.nan if value is None else float(value)
+        return scores
+
+
+def from_pil(function: Callable[..., Sequence[float | None] | Tensor]) -> FromPil:
+    """Turn a function of PIL images, or of images and prompts, into a reward. A decorator.
+
+    >>> @from_pil
+    ... def darkness(images):
+    ...     return [-sum(image.convert("L").histogram()[128:]) for image in images]
+
+    Args:
+        function: (list of n PIL images[, list of n prompts]) -> n numbers, higher is better.
+    """
+    if not callable(function) or _arguments(function) == 0:
+        raise TypeError(
+            f"{function!r}: from_pil takes a function of (images) or (images, prompts)."
+        )
+    return FromPil(function, getattr(function, "__name__", type(function).__name__))
+
+
+def to_pil(items: Tensor) -> list[Image.Image]:
+    """Images [N, C, H, W] in [0, 1], C = 1 or 3 -> N PIL images of mode L or RGB."""
+    if items.ndim != 4 or items.shape[1] not in (1, 3):
+        shape = tuple(items.shape)
+        raise TypeError(f"items of shape {shape} are no images: [N, 1 or 3, H, W] in [0, 1].")
+    pixels = (items.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
+
+
+def _arguments(function: Callable) -> int:
+    """How many of (images, prompts) a function takes by position."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a builtin without a signature
+        return 1
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 2
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return min(len(positional), 2)
