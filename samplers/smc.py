@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from samplers.core import PRIOR, Draws, Plan, Rollouts, Walked
+from samplers.populations import Population, Populations, part
 from samplers.walks import UNLIMITED, affordable, check_count
 from search.resample import SCHEMES, ess, logsumexp_by
-from steering.noise import child_key, root_key, uniform
+from steering.noise import child_key, uniform
 
 # What a particle remembers of the rewards of its clean guesses (`seen`), and what the log potential
 # of a level is over λ: (seen, reward) -> (seen, log G / λ). First `seen`, then the rule.
 POTENTIALS: dict[str, tuple[float, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]] = {
     "difference": (0.0, lambda seen, r: (r, r - seen)),
-    "max": (-math.inf, lambda seen, r: (torch.maximum(seen, r),) * 2),
-    "add": (0.0, lambda seen, r: (seen + r,) * 2),
+    "max": (-math.inf, lambda seen, r: (torch.maximum(seen, r), torch.maximum(seen, r))),
+    "add": (0.0, lambda seen, r: (seen + r, seen + r)),
 }
 
 
@@ -107,8 +107,8 @@ class SMC:
                     "after them to part. Use a stochastic process (eta > 0), or Importance."
                 )
             return levels
-        levels = sorted(self.levels)
-        if not levels or len(set(levels)) < len(levels) or levels[0] < 1 or levels[-1] >= steps:
+        levels = sorted(set(self.levels))
+        if not levels or len(levels) < len(self.levels) or set(levels) - set(range(1, steps)):
             raise ValueError(
                 f"levels={self.levels!r} of {steps} steps: give distinct step indices from 1 to "
                 f"{steps - 1}."
@@ -127,8 +127,8 @@ class SMC:
         while room > 0 and (state.queue or state.start_next()):
             block = state.queue.popleft()
             if len(block) > room:
-                state.queue.appendleft(_part(block, slice(room, None)))
-                block = _part(block, slice(0, room))
+                state.queue.appendleft(part(block, slice(room, None)))
+                block = part(block, slice(0, room))
             parts.append(block)
             room -= len(block)
         if not parts:
@@ -144,8 +144,8 @@ class SMC:
                 continue  # a repeated answer
             population, slot = state.flight.pop(id)
             reward, log_ratio, failed = answer
-            population.reward[slot] = -torch.inf if failed else reward
-            population.log_ratio[slot] = -torch.inf if failed else log_ratio
+            population.reward[slot] = -math.inf if failed else reward
+            population.log_ratio[slot] = -math.inf if failed else log_ratio
             population.waiting -= 1
             if population.waiting == 0:
                 state.drop += population.here[population.here != PRIOR].unique().tolist()
@@ -154,13 +154,14 @@ class SMC:
 
     def _resample(self, state: Populations, p: Population) -> None:
         """Weigh a population that stands complete at a level, resample it and send it on."""
-        alive = p.reward.isfinite()
+        reward, log_ratio = p.told()
+        alive = reward.isfinite()
         if not alive.any():
             p.leg = len(state.stops) - 1  # nothing is left to walk: it ends without an item
             return
-        seen, log_g = POTENTIALS[self.potential][1](p.seen, p.reward)
+        seen, log_g = POTENTIALS[self.potential][1](p.seen, reward)
         log_g = torch.where(alive, state.plan.lam * log_g, 0.0)
-        log_w = torch.where(alive, p.log_w + log_g + p.log_ratio, -torch.inf)
+        log_w = torch.where(alive, p.log_w + log_g + log_ratio, -torch.inf)
         slot = parent = alive.nonzero().flatten()
         if ess(log_w) < self.ess * state.k:
             # legs take children 0..K-1 of a population's key; those from K on resample
@@ -187,14 +188,13 @@ class SMC:
         conditions = state.plan.conditions
         arrived, count = [], torch.zeros(conditions, dtype=torch.int64)
         for p in state.populations:
-            part = p.arrived(state)
-            count[p.row] += len(part[0]) > 0
-            arrived.append(part)
+            arrived.append(p.arrived(state))
+            count[p.row] += len(arrived[-1][0]) > 0
         on_way = [p.standing() for p in state.populations if not count[p.row]]
         none = (torch.empty(0, dtype=torch.int64),) * 2
         parts = [(*none, torch.empty(0, dtype=torch.float64), none[0]), *arrived, *on_way]
         id, row, log_w, root = (torch.cat(column) for column in zip(*parts, strict=True))
-        finished = torch.arange(len(id)) < sum(len(part[0]) for part in arrived)
+        finished = torch.arange(len(id)) < sum(len(handles) for handles, *_ in arrived)
         total = logsumexp_by(log_w[finished], row[finished], conditions)
         log_z = torch.where(count > 0, total - count.log(), torch.nan)
         return Draws(id, row, log_w, finished, root, log_z, ranked=False)
@@ -202,109 +202,3 @@ class SMC:
     def resolved(self, state: Populations) -> SMC:
         """This sampler with the number of particles it settled on."""
         return replace(self, particles=state.k)
-
-
-@dataclass
-class Population:
-    """K particles that walk from level to level together. A slot whose particle failed stays empty
-    until the next resampling."""
-
-    row: int
-    key: Tensor  # [1] int64
-    here: Tensor  # [K] int64 handle of the state a slot stands at; PRIOR before the first level
-    there: Tensor  # [K] int64 handle of the state it is on its way to
-    root: Tensor  # [K] int64 handle of its first state: equal for those that share an x_T
-    walk_key: Tensor  # [K] int64
-    log_w: Tensor  # [K] float64 at `here`, since the last resampling
-    seen: Tensor  # [K] float64, see POTENTIALS
-    spent: Tensor  # [K] float64, Σ log G along a particle's own line of descent
-    reward: Tensor  # [K] float64 at `there`: nan until told, -inf if failed
-    log_ratio: Tensor  # [K] float64 of the way to `there`
-    log_z: float = 0.0  # Σ of the log mean weights at the resamplings so far
-    leg: int = 0  # the leg it walks ends at stops[leg]
-    waiting: int = 0  # walks not yet told
-
-    def arrived(self, state: Populations) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Id, row, log weight, root [n] of what is at the data; the weights sum to this Ẑ."""
-        at = self.reward.isfinite() & (self.leg == len(state.stops) - 1)
-        log_w = self.log_w + state.plan.lam * self.reward - self.spent + self.log_ratio
-        return self._shared(self.there[at], log_w[at], self.root[at], int(at.sum()))
-
-    def standing(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same of the level it stands at while a leg is walked; copies are one item."""
-        at = (self.here != PRIOR) & (self.waiting > 0)
-        id, copy = self.here[at].unique(return_inverse=True)
-        log_w = logsumexp_by(self.log_w[at], copy, len(id))
-        root = torch.empty_like(id).index_copy(0, copy, self.root[at])
-        return self._shared(id, log_w, root, int(at.sum()))
-
-    def _shared(self, id: Tensor, log_w: Tensor, root: Tensor, particles: int):
-        log_w = log_w + self.log_z - math.log(max(particles, 1))
-        return id, torch.full_like(id, self.row), log_w, root
-
-
-@dataclass
-class Populations:
-    """What SMC remembers."""
-
-    plan: Plan
-    k: int  # particles of a population
-    stops: list[int]  # levels, then T
-    limit: Tensor  # [R] int64 populations per condition
-    first: float  # what `seen` begins with
-    started: list[int] = field(default_factory=list)  # per condition
-    populations: list[Population] = field(default_factory=list)
-    queue: deque[Rollouts] = field(default_factory=deque)  # to ask for, deepest first
-    flight: dict[int, tuple[Population, int]] = field(default_factory=dict)  # id -> its slot
-    drop: list[int] = field(default_factory=list)  # handles to let go of at the next `ask`
-    handles: int = 0  # given out so far
-
-    def __post_init__(self) -> None:
-        self.started = [0] * self.plan.conditions
-
-    def left(self) -> list[int]:
-        """Conditions with populations still to start, those furthest behind first."""
-        rows = [r for r, n in enumerate(self.limit.tolist()) if self.started[r] < n]
-        return sorted(rows, key=self.started.__getitem__)
-
-    def start_next(self) -> bool:
-        """Put the next population's first leg on the queue; False if none is left."""
-        left = self.left()
-        if not left:
-            return False
-        row, k = left[0], self.k
-        key = child_key(root_key(self.plan.seed, torch.tensor([row])), self.started[row])
-        self.started[row] += 1
-        slots, zeros = torch.arange(k), torch.zeros(k, dtype=torch.float64)
-        here = torch.full((k,), PRIOR)
-        walk_key = child_key(key.expand(k), slots)
-        seen = torch.full_like(zeros, self.first)
-        p = Population(
-            row, key, here, here, here, walk_key, zeros, seen, zeros, zeros, zeros
-        )  # fmt: skip
-        self.populations.append(p)
-        self.launch(p, slots)
-        p.root = p.there
-        return True
-
-    def launch(self, p: Population, slot: Tensor) -> None:
-        """Send the particles in these slots on their way to the next stop."""
-        n, k = len(slot), self.k
-        id = torch.arange(self.handles, self.handles + n)
-        self.handles += n
-        p.there = torch.full((k,), PRIOR).index_copy(0, slot, id)
-        p.reward = torch.full((k,), -torch.inf, dtype=torch.float64)
-        p.reward[slot] = torch.nan
-        p.log_ratio = torch.full_like(p.reward, -torch.inf)
-        p.waiting = n
-        self.flight |= {i: (p, s) for i, s in zip(id.tolist(), slot.tolist(), strict=True)}
-        start = self.stops[p.leg - 1] if p.leg else 0
-        walk = Rollouts.of(
-            id, p.here[slot], start, self.stops[p.leg], p.walk_key[slot], p.row, True
-        )  # fmt: skip
-        self.queue.appendleft(walk)
-
-
-def _part(block: Rollouts, which: slice) -> Rollouts:
-    columns = (block.id, block.src, block.start, block.stop, block.key, block.row, block.score)
-    return Rollouts(*(column[which] for column in columns))
