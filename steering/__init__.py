@@ -1,0 +1,20 @@
+"""What is steered and by what: models, rewards, metrics and the built-in checkpoints."""
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from steering.core import Model
+from steering.pipelines import from_pipeline
+
+if TYPE_CHECKING:
+    from steering import metrics, rewards, zoo
+
+__all__ = ["Model", "from_pipeline", "metrics", "rewards", "zoo"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Submodules are imported when first asked for: `import steering` needs torch alone."""
+    if name in __all__:
+        return import_module(f"steering.{name}")
+    raise AttributeError(f"module 'steering' has no attribute {name!r}; it has {__all__}.")

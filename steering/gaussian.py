@@ -195,7 +195,7 @@ class GaussianProcess:
     def steps(self) -> int:
         return len(self.times)
 
-    @cached_property
+    @property
     def stochastic(self) -> Tensor:
         return (self.kernel.std > 0).cpu()
 

@@ -1,0 +1,73 @@
+"""Diffusers pipelines as models to steer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from steering.core import Model
+from steering.pipelines.request import Request, as_tuple
+
+__all__ = ["from_pipeline"]
+
+FAMILIES = {
+    "DDPMPipeline": "unet2d",
+    "DDIMPipeline": "unet2d",
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusion3Pipeline": "sd3",
+}
+
+
+def from_pipeline(
+    pipe: Any,
+    prompts: Sequence[Any] | None = None,
+    *,
+    steps: int = 50,
+    eta: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompts: Sequence[Any] | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
+) -> Model:
+    """The model that a diffusers pipeline holds: its network, its chain, its decoder.
+
+    Every prompt is encoded once, into a row of a table that walks refer to. The pipeline is left as
+    it was found. Its safety checker is not run.
+
+    Args:
+        pipe: a DDPM, DDIM, Stable Diffusion 1.x/2.x or Stable Diffusion 3 pipeline.
+        prompts: texts, or class labels for a class-conditional pixel model; R of them. None for
+            unconditional models.
+        steps: T, on the grid of the pipeline's own scheduler.
+        eta: share of new noise in each step, 0..1; 0 is the pipeline's deterministic chain. None:
+            the scheduler's own stochastic kernel where it has one (DDPM, LCM, TCD), else 1, because
+            a chain without noise has nothing to branch on.
+        height, width: in pixels; the pipeline's own when None.
+        negative_prompts: one per prompt; empty texts when None. For class labels, the null class.
+        guidance_scale: one number, or one per prompt; the pipeline's default when None. Rows at
+            1 or below cost one network row, the others two.
+
+    Raises:
+        ValueError: a pipeline, scheduler or argument that is not supported, by name.
+    """
+    # a subclass that runs its family's own loop is of that family; one with its own loop is not
+    owner = next(c for c in type(pipe).__mro__ if "__call__" in vars(c) or c is object)
+    family = FAMILIES.get(owner.__name__)
+    if family is None or not owner.__module__.startswith("diffusers."):
+        raise ValueError(
+            f"pipe is a {type(pipe).__name__}, which is not supported: give one of "
+            f"{', '.join(FAMILIES)}, or put a steering.Model together by hand."
+        )
+    if guidance_scale is not None and not isinstance(guidance_scale, (int, float)):
+        guidance_scale = as_tuple("guidance_scale", guidance_scale)
+    request = Request(
+        steps,
+        eta,
+        height,
+        width,
+        as_tuple("prompts", prompts),
+        as_tuple("negative_prompts", negative_prompts),
+        guidance_scale,
+    )
+    return import_module(f"{__name__}.{family}").build(pipe, request)

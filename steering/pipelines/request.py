@@ -1,0 +1,83 @@
+"""What `from_pipeline` was asked for, checked before anything is encoded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `from_pipeline`, with lists of one length R."""
+
+    steps: int
+    eta: float | None
+    height: int | None
+    width: int | None
+    prompts: tuple[Any, ...] | None
+    negative_prompts: tuple[Any, ...] | None
+    guidance_scale: float | tuple[float, ...] | None
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+                raise ValueError(f"{name}={size!r} is no size: give pixels as an int.")
+        if self.prompts is None and self.negative_prompts is not None:
+            raise ValueError("negative_prompts is given without prompts: give both.")
+        if self.prompts is not None and self.negative_prompts is not None:
+            self._same_length("negative_prompts", self.negative_prompts)
+        if isinstance(self.guidance_scale, tuple):
+            self._same_length("guidance_scale", self.guidance_scale)
+
+    def _same_length(self, name: str, values: tuple[Any, ...]) -> None:
+        expected = 1 if self.prompts is None else len(self.prompts)
+        if len(values) != expected:
+            raise ValueError(
+                f"{name} has {len(values)} entries for {expected} prompts: give one for each."
+            )
+
+    def scales(self, default: float) -> Tensor:
+        """[R] float32 guidance scales."""
+        given = default if self.guidance_scale is None else self.guidance_scale
+        count = 1 if self.prompts is None else len(self.prompts)
+        scales = given if isinstance(given, tuple) else (given,) * count
+        for scale in scales:
+            if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+                raise ValueError(f"guidance_scale has {scale!r}: give finite numbers.")
+        return torch.tensor(scales, dtype=torch.float32)
+
+    def texts(self) -> tuple[list[str], list[str]]:
+        """[R] prompts and [R] negative prompts, "" where none was given."""
+        if self.prompts is None:
+            raise ValueError("prompts is missing: this pipeline needs a list of texts.")
+        negative = self.negative_prompts or ("",) * len(self.prompts)
+        for name, texts in (("prompts", self.prompts), ("negative_prompts", negative)):
+            for text in texts:
+                if not isinstance(text, str):
+                    raise ValueError(f"{name} has {text!r}: this pipeline needs texts.")
+        return list(self.prompts), list(negative)
+
+    def size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
+        """Height and width in pixels: what was given, else the pipeline's own."""
+        sizes = self.height or height, self.width or width
+        for name, size in zip(("height", "width"), sizes, strict=True):
+            if size < multiple or size % multiple:
+                raise ValueError(f"{name}={size} does not fit: give a multiple of {multiple}.")
+        return sizes
+
+
+def as_tuple(name: str, values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    """A list argument as a tuple; a bare text is the commonest mistake."""
+    if values is None:
+        return None
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{name}={values!r} is no list: give [{values!r}].")
+    if len(values) == 0:
+        raise ValueError(f"{name} is empty: give at least one, or leave it out.")
+    return tuple(values)
