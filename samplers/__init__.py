@@ -8,6 +8,8 @@ from samplers.journal import CorruptRecordError
 from samplers.result import Result
 from samplers.run import load, sample
 from samplers.smc import SMC
+from samplers.tree_sampling import TreeSampling
+from samplers.tree_search import TreeSearch
 
 __all__ = [
     "SMC",
@@ -22,6 +24,8 @@ __all__ = [
     "Result",
     "Rollouts",
     "Sampler",
+    "TreeSampling",
+    "TreeSearch",
     "Walked",
     "load",
     "sample",

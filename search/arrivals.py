@@ -1,8 +1,8 @@
-"""Answers applied in virtual-time order, so that what a search decides does not depend on who answers first.
+"""Answers in virtual-time order: what a search decides does not depend on who answers first.
 
-Every walk takes as much virtual time as it has steps: asked at virtual time t, it ends at t + steps.
-Each tree has its own clock, and its answers are handed over in the order (end, id), whatever order
-they come in. A walk that follows from an answer starts at that answer's end.
+Every walk takes as much virtual time as it has steps: asked at time t, it ends at t + steps. Each
+tree has its own clock, and its answers are handed over in the order (end, id), whatever order they
+come in. A walk that follows from an answer starts at that answer's end.
 """
 
 from __future__ import annotations

@@ -1,0 +1,150 @@
+"""Where a tree branches: at steps that were given, or where a pilot finds that branching pays.
+
+A pilot's walks are ordinary leaves of the tree, drawn independently, so nothing is spent on it. Two
+things are read off. Is exp(λ reward) common under the model? Then independent walks are the best
+sample there is, and the tree stays flat. If it is rare, a second leaf below the same state tells
+where the reward is decided: siblings that part early differ like strangers, siblings that part late
+agree, and branching pays in between, late, where it also costs few rows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from samplers.core import Plan
+from samplers.walks import affordable, check_count
+
+Branch = Literal["auto", "even"] | tuple[int, ...]
+
+LEVELS = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88)  # share of the way where pilot walks plant a node
+SIBLINGS = (0.4, 0.7)  # where some of them get a sibling
+USUAL = {0.4: 0.3, 0.7: 0.75}  # agreement on images, worth `PRIOR_PAIRS` pairs
+PRIOR_PAIRS = 4
+COMMON = 0.1  # effective share of independent walks above which trees do not pay
+
+
+EVEN = (0.0, 0.2, 0.4, 0.6, 0.8)  # the paper's
+
+
+def effective_share(reward: Tensor, lam: float) -> float:
+    """(Σ w)² / (K Σ w²), w = exp(λ r): 1 for a constant reward, 1/K where one walk has it all.
+
+    Args:
+        reward: [K] float64 rewards of independent walks, finite.
+        lam: λ.
+    """
+    log_w = lam * (reward - reward.max())
+    return float((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()) / len(reward)
+
+
+def agreement(walks: Sequence[float], pairs: Sequence[tuple[float, float]], usual: float) -> float:
+    """Correlation of siblings' rewards, on ranks: 1 - mean (F - F')² / (2 var F).
+
+    Ranks, because rewards have heavy tails; and `PRIOR_PAIRS` pairs of what is usual, because a
+    pilot has few.
+
+    Args:
+        walks: rewards of independent walks, whose ranks F are.
+        pairs: rewards of siblings.
+        usual: correlation expected before any pair was seen.
+    """
+    ordered = sorted(walks)
+
+    def rank(reward: float) -> float:
+        return (bisect_left(ordered, reward) + bisect_right(ordered, reward)) / (2 * len(ordered))
+
+    spread = float(torch.tensor([rank(r) for r in walks], dtype=torch.float64).var(correction=0))
+    if spread == 0:
+        return usual
+    apart = sum((rank(a) - rank(b)) ** 2 for a, b in pairs) / (2 * spread)
+    return 1 - (apart + PRIOR_PAIRS * (1 - usual)) / (len(pairs) + PRIOR_PAIRS)
+
+
+def chosen(planted: Sequence[int], steps: int, agree: dict[float, float]) -> tuple[int, ...]:
+    """Those of the planted steps where siblings begin to agree: agreement in (.2, .97).
+
+    Args:
+        planted: step indices of the pilot's nodes.
+        steps: T.
+        agree: correlation of siblings by share of the way, interpolated from 0 at the noise over
+            these to 1 at the data.
+    """
+    shares, values = [0.0], [0.0]
+    for share, value in sorted(agree.items()):
+        shares.append(share)
+        values.append(min(max(value, values[-1]), 1.0))  # more of the way shared, never less alike
+    shares.append(1.0)
+    values.append(1.0)
+
+    def at(share: float) -> float:
+        k = bisect_right(shares, share) - 1
+        inside = (share - shares[k]) / (shares[k + 1] - shares[k])
+        return values[k] + inside * (values[k + 1] - values[k])
+
+    return tuple(i for i in planted if 0.2 < at(i / steps) < 0.97)
+
+
+def check(branch: Branch, parallel: int | None, pilot: int | None) -> None:
+    """Refuse tree options that fit no chain.
+
+    Raises:
+        ValueError: naming the option, what was given and what to give.
+    """
+    if isinstance(branch, str):
+        if branch not in ("auto", "even"):
+            raise ValueError(f'branch={branch!r} is unknown: give "auto", "even" or step indices.')
+    elif not isinstance(branch, tuple) or not all(type(i) is int for i in branch):
+        raise ValueError(f'branch={branch!r}: give "auto", "even" or a tuple of step indices.')
+    check_count("parallel", parallel)
+    check_count("pilot", pilot, least=0)
+
+
+def levels(branch: Branch, pilot: int, plan: Plan) -> tuple[int, ...]:
+    """The steps where nodes are planted: explicit ones, the paper's, or the pilot's.
+
+    Raises:
+        ValueError: explicit steps out of range, out of order, or with no stochastic step after one.
+    """
+    if not plan.stochastic.any() and (isinstance(branch, str) or branch in ((), (0,))):
+        return ()  # an ODE branches only at its noise, and children of the dummy root do that
+    if isinstance(branch, str):
+        if branch == "auto" and not pilot:
+            return ()
+        shares = LEVELS if branch == "auto" else EVEN
+        steps = sorted({round(share * plan.steps) for share in shares} - {plan.steps})
+        return tuple(i for i in steps if plan.stochastic[i:].any())
+    for before, i in zip((-1, *branch), branch, strict=False):
+        if not before < i < plan.steps:
+            raise ValueError(
+                f"branch={branch!r}: give rising step indices from 0 (noise) to {plan.steps - 1}."
+            )
+        if not plan.stochastic[i:].any():
+            raise ValueError(
+                f"branch={branch!r}: no step from {i} on draws noise, so siblings would be equal. "
+                "Branch earlier, or make the chain stochastic (eta > 0)."
+            )
+    return branch
+
+
+def leaves_in_flight(parallel: int | None, plan: Plan) -> int:
+    """`parallel`, or a twelfth of what the budget affords, 1 to 64: as good as one at a time."""
+    return min(max(_rollouts(plan) // 12, 1), 64) if parallel is None else parallel
+
+
+def pilot_walks(branch: Branch, pilot: int | None, plan: Plan) -> int:
+    """`pilot`, or an eighth of what the budget affords, up to 64; none below 6."""
+    if branch != "auto" or not plan.stochastic.any():
+        return 0
+    if pilot is not None:
+        return pilot
+    walks = min(_rollouts(plan) // 8, 64)
+    return walks if walks >= 6 else 0
+
+
+def _rollouts(plan: Plan) -> int:
+    return int(affordable(plan, plan.cost.sum(1), 1, "walk").min())

@@ -1,0 +1,132 @@
+"""An engine without a network: a Gaussian random walk, walked exactly as it was asked for.
+
+State at step i is the sum of the prior draw and i increments, all keyed; the reward is a function
+of the final state. Answers may be cut and shuffled, and the rules of the contract are checked.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from samplers.core import PRIOR, Budget, Plan, Rollouts, Walked
+from steering.noise import child_key, normal
+
+
+def make_plan(
+    steps: int = 5,
+    conditions: int = 1,
+    lam: float = 1.0,
+    seed: int = 0,
+    cost: int = 1,
+    stochastic: Tensor | None = None,
+    reuses: bool = True,
+    **budget,
+) -> Plan:
+    """A plan of equal steps."""
+    rows = torch.full((conditions, steps), cost)
+    noisy = torch.ones(steps, dtype=torch.bool) if stochastic is None else stochastic
+    return Plan(rows, rows.clone(), noisy, lam, seed, Budget(**budget), reuses)
+
+
+@dataclass
+class FakeEngine:
+    """Walks N particles of a random walk whose increment i has standard deviation sd[i + 1].
+
+    Args:
+        plan: what the sampler was told.
+        sd: [T + 1] standard deviations of the prior draw and of each increment.
+        reward: final states [N] -> rewards [N] float64; nan fails.
+        room: walks asked for at most per call.
+        shuffle: seed of a random order of answers, told in random parts; None answers in order.
+        fails: id -> does the leg fail?
+        drift: log p - log q per step, to play a guided proposal.
+    """
+
+    plan: Plan
+    sd: Tensor
+    reward: Callable[[Tensor], Tensor] = lambda x: x
+    room: int = 64
+    shuffle: int | None = None
+    fails: Callable[[int], bool] = lambda id: False
+    drift: float = 0.0
+    state: dict[int, tuple[int, float]] = field(default_factory=dict)  # handle -> (step, x)
+    spent: Tensor = field(init=False)  # [R] rows
+    scored: Tensor = field(init=False)  # [R] reward calls
+    looked: set[int] = field(default_factory=set)
+    answered: int = 0
+
+    def __post_init__(self) -> None:
+        self.spent = torch.zeros(self.plan.conditions, dtype=torch.int64)
+        self.scored = torch.zeros(self.plan.conditions, dtype=torch.int64)
+
+    def run(self, sampler, stop_after: int | None = None):
+        """Run a sampler to its end, or until so many answers were told: its state."""
+        state = sampler.init(self.plan)
+        shuffler = random.Random(self.shuffle)
+        waiting: list[tuple[int, float, float, bool]] = []
+        while not sampler.done(state):
+            asked = sampler.ask(state, self.room)
+            assert len(asked) <= self.room
+            waiting += self.walk(asked)
+            assert waiting, "nothing asked for, and nothing to wait for"
+            told, waiting = waiting, []
+            if self.shuffle is not None:
+                shuffler.shuffle(told)
+                part = shuffler.randint(1, len(told))
+                told, waiting = told[:part], told[part:]
+                told += told[: shuffler.randint(0, 1)]  # a repeated id is ignored
+            self.answered += len(told)
+            columns = list(zip(*told, strict=True))
+            sampler.tell(
+                state,
+                Walked(
+                    torch.tensor(columns[0]),
+                    torch.tensor(columns[1], dtype=torch.float64),
+                    torch.tensor(columns[2], dtype=torch.float64),
+                    torch.tensor(columns[3]),
+                ),
+            )
+            if stop_after is not None and self.answered >= stop_after:
+                break
+        return state
+
+    def walk(self, asked: Rollouts) -> list[tuple[int, float, float, bool]]:
+        """(id, reward, log_ratio, failed) of each leg, in the order of asking."""
+        answers = []
+        prior = normal(asked.key, ()).double()
+        steps = torch.arange(self.plan.steps)
+        noise = torch.stack([normal(child_key(asked.key, int(i)), ()) for i in steps], 1).double()
+        for n, id in enumerate(asked.id.tolist()):
+            assert id not in self.state, f"handle {id} was used twice"
+            start, stop, row = int(asked.start[n]), int(asked.stop[n]), int(asked.row[n])
+            assert 0 <= start <= stop <= self.plan.steps
+            if int(asked.src[n]) == PRIOR:
+                assert start == 0
+                x = float(self.sd[0] * prior[n])
+            else:
+                at, x = self.state[int(asked.src[n])]
+                assert at == start, "a walk starts where its source was kept"
+            x += float((self.sd[1 + start : 1 + stop] * noise[n, start:stop]).sum())
+            cost = self.plan.way(row, start, stop)
+            if int(asked.src[n]) in self.looked and self.plan.reuses and stop > start:
+                cost -= int(self.plan.look[row, start])
+                self.looked.discard(int(asked.src[n]))
+            failed, reward = self.fails(id), torch.nan
+            if asked.score[n]:
+                self.scored[row] += 1
+                reward = float(self.reward(torch.tensor([x], dtype=torch.float64))[0])
+                failed = failed or not abs(reward) < torch.inf
+                if stop < self.plan.steps:
+                    cost += int(self.plan.look[row, stop])
+                    self.looked.add(id)
+            self.spent[row] += cost
+            self.state[id] = (stop, x)
+            answers.append((id, reward, self.drift * (stop - start), failed))
+        for handle in asked.drop.tolist():
+            self.state.pop(handle, None)
+        return answers
