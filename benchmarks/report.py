@@ -1,0 +1,48 @@
+"""How a benchmark reports: what it ran on first, its figures as one line of JSON last."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def header() -> None:
+    """Print the command, the machine and the versions that the figures were made with."""
+    module = Path(sys.argv[0]).stem
+    print("command:", "python -m", f"benchmarks.{module}", shlex.join(sys.argv[1:]))
+    print("machine:", _processor(), f"({torch.get_num_threads()} threads of torch)")
+    if torch.cuda.is_available():
+        print("device: ", torch.cuda.get_device_name())
+    names = ("torch", "diffusers")
+    print("version:", f"python {platform.python_version()},",
+          ", ".join(f"{name} {version(name)}" for name in names), flush=True)  # fmt: skip
+
+
+def finish(figures: dict[str, Any]) -> None:
+    """Print the figures as the last line, as JSON; what is not finite becomes null."""
+    print(json.dumps(_plain(figures), allow_nan=False), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, torch.Tensor):
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} x {len(names)}" if names else platform.processor() or platform.machine()
