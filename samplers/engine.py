@@ -117,10 +117,10 @@ class Engine:
                     return "interrupted"
                 if seconds is not None and time.monotonic() - began > seconds:
                     return "seconds"
-                progressed = self._admit(sampler, state, plan, flight, scorer, offline)
+                asked = self._admit(sampler, state, plan, flight, scorer, offline)
+                idle = not (asked or flight.n)
                 if flight.n:
                     self._step(sampler, state, flight, scorer)
-                idle = not flight.n and not progressed
                 for tag, scores in scorer.finished(wait=idle):
                     self._scored(sampler, state, tag, scores)
                     idle = False

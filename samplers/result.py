@@ -196,9 +196,11 @@ def assemble(
         if not len(here):
             continue
         log_w = found.log_weight[here]
+        log_w = log_w.nan_to_num(posinf=torch.finfo(torch.float64).max, neginf=-torch.inf)
         if not (log_w > -torch.inf).any():  # nothing has weight: every item counts the same
             log_w = torch.zeros_like(log_w)
-        weights[here] = torch.softmax(log_w, 0)
+        log_w = torch.log_softmax(log_w, 0)
+        weights[here] = log_w.exp()
         size[r] = ess(log_w)
         _, group = found.root[here].unique(return_inverse=True)
         by_root = torch.zeros(int(group.max()) + 1, dtype=torch.float64)

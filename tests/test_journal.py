@@ -1,0 +1,167 @@
+"""The record on disk: what was acknowledged is read back, damage is named, a torn end is cut."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from samplers import BestOfN, CorruptRecordError, Importance, load, sample
+from samplers.journal import Journal, Walk, read
+from samplers.store import Store
+from tests.brownian import brownian, first
+
+
+def walk(entry, **changes):
+    usual = {
+        "entry": entry, "src": -1, "row": 0, "key": entry - 2**63, "start": 0, "stop": 3,
+        "score": True, "angle": math.nan, "rows": 3, "reward": 0.1 * entry, "log_ratio": -0.3,
+        "failed": False,
+    }  # fmt: skip
+    return Walk(**{**usual, **changes})
+
+
+def written(folder, lines=3):
+    journal = Journal(folder, {"model": "toy"})
+    for line in range(lines):
+        walks = [walk(2 * line), walk(2 * line + 1, reward=math.nan, failed=True, angle=0.2)]
+        states = Store()
+        states.put([w.entry for w in walks], torch.full((2, 3), float(line)))
+        journal.walks(walks, states, Store())
+    return folder
+
+
+def test_walks_and_states_come_back_bit_for_bit(tmp_path):
+    saved = read(written(tmp_path))
+    assert saved.header["model"] == "toy"
+    assert [w.entry for w in saved.record.walks] == list(range(6))
+    assert saved.record.walks[2] == walk(2)  # keys of 64 bits and float64 rewards survive JSON
+    assert math.isnan(saved.record.walks[3].reward)
+    assert saved.states.get([4])[0].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_record_cut_at_any_byte_of_its_last_line_keeps_all_lines_before(tmp_path):
+    path = written(tmp_path) / "journal.jsonl"
+    raw = path.read_bytes()
+    begin = raw[:-1].rfind(b"\n") + 1
+    for end in range(begin, len(raw)):
+        path.write_bytes(raw[:end])
+        assert len(read(tmp_path).record.walks) == 4
+    Journal(tmp_path, {}).walks([walk(9)], Store(), Store())  # opening it cuts the torn end
+    assert [w.entry for w in read(tmp_path).record.walks] == [0, 1, 2, 3, 9]
+
+
+def test_damage_gives_one_typed_error_or_the_same_record(tmp_path):
+    folder = written(tmp_path)
+    whole = read(folder).record.walks
+    chance = random.Random(0)
+    files = sorted(folder.iterdir())
+    for _ in range(400):
+        path = chance.choice(files)
+        raw = path.read_bytes()
+        changed = bytearray(raw)
+        for _ in range(chance.choice([1, 3])):
+            changed[chance.randrange(len(raw))] = chance.randrange(256)
+        path.write_bytes(bytes(changed))
+        try:
+            walks = read(folder).record.walks
+            # only a last line that lost its end, or state bytes, can change unnoticed
+            assert walks == whole[: len(walks)] or len(walks) == len(whole)
+        except CorruptRecordError:
+            pass
+        path.write_bytes(raw)
+
+
+def test_a_missing_file_of_states_is_named(tmp_path):
+    (written(tmp_path) / "latents-000001.safetensors").unlink()
+    with pytest.raises(CorruptRecordError, match="latents-000001"):
+        read(tmp_path)
+
+
+def test_a_record_cannot_point_outside_its_folder(tmp_path):
+    path = written(tmp_path / "run") / "journal.jsonl"
+    import zlib
+
+    body = json.dumps({"kind": "walks", "latents": "../x", **{name: [] for name in Walk.__slots__}})
+    crc = f"{zlib.crc32(body.encode()):08x}"
+    path.write_text(path.read_text() + f'{{"crc":"{crc}","data":{body}}}\n')
+    with pytest.raises(CorruptRecordError):
+        read(tmp_path / "run")
+
+
+def test_no_record_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"journal\.jsonl"):
+        load(tmp_path, brownian(), first)
+
+
+@pytest.mark.parametrize("sampler", [BestOfN(), Importance()])
+def test_a_saved_run_is_the_same_and_goes_on(tmp_path, sampler):
+    settings = {"draws": 20, "lam": 1.0, "seed": 5, "progress": False}
+    run = sample(brownian(), first, sampler, nfe=1000, **settings)
+    run.save(tmp_path / "run")
+    model = brownian()
+    back = load(tmp_path / "run", model, first, draws=20)
+    assert model.denoiser.rows_seen == []  # nothing is drawn again
+    for name in ("ids", "rewards", "counts", "weights", "log_z", "items"):
+        assert torch.equal(getattr(back, name), getattr(run, name)), name
+    assert back.nfe == run.nfe == 1000
+
+    grown = back.more(nfe=500, progress=False)
+    whole = sample(brownian(), first, sampler, nfe=1500, **settings)
+    assert torch.equal(grown.rewards, whole.rewards)
+    assert sum(model.denoiser.rows_seen) == 500 + grown.spent.padded  # only what is new
+    again = load(tmp_path / "run", brownian(), first, draws=20)  # `more` went on in the folder
+    assert torch.equal(again.rewards, whole.rewards)
+
+
+def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
+    """Stopped after any number of walks, the resumed run equals the uninterrupted one."""
+    settings = {"nfe": 3000, "lam": 1.0, "seed": 1, "draws": 30, "progress": False}
+    whole = sample(brownian(), first, Importance(), **settings)
+
+    for walks in (0, 17, 130):
+        folder = tmp_path / str(walks)
+        stopped = sample(brownian(), _stops_after(walks), Importance(), record=folder, **settings)
+        assert stopped.status == "interrupted"
+        model = brownian()
+        resumed = sample(model, first, Importance(), record=folder, **settings)
+        assert resumed.status == "done"
+        assert torch.equal(resumed.rewards, whole.rewards)
+        assert torch.equal(resumed.weights, whole.weights)
+
+
+def _stops_after(n):
+    """A reward that sends Ctrl-C once it has scored n items."""
+    import os
+    import signal
+
+    seen = 0
+
+    def reward(items, prompts):
+        nonlocal seen
+        seen += len(items)
+        if seen >= n and seen - len(items) < max(n, 1):
+            os.kill(os.getpid(), signal.SIGINT)
+        return items[:, 0]
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"seed": 2}, "seed"), ({"lam": 2.0}, "lam"), ({"nfe": 400}, "budget")],
+)
+def test_a_record_of_another_run_is_refused(tmp_path, change, named):
+    settings = {"nfe": 300, "lam": 1.0, "seed": 1, "progress": False, "record": tmp_path / "run"}
+    sample(brownian(), first, BestOfN(), **settings)
+    with pytest.raises(ValueError, match=named):
+        sample(brownian(), first, BestOfN(), **{**settings, **change})
+
+
+def test_a_record_of_another_model_is_refused(tmp_path):
+    sample(brownian(), first, BestOfN(), nfe=300, progress=False).save(tmp_path / "run")
+    with pytest.raises(ValueError, match="steps"):
+        load(tmp_path / "run", brownian(steps=11), first)
+    with pytest.raises(FileExistsError, match="another folder"):
+        sample(brownian(), first, BestOfN(), nfe=300, progress=False).save(tmp_path / "run")
