@@ -78,8 +78,9 @@ class SMC:
 
     def init(self, plan: Plan) -> Populations:
         levels = self._levels(plan)
-        looks = torch.tensor(levels)
-        rows = plan.cost.sum(1) + plan.look[:, looks].sum(1)  # [R] rows of one particle
+        rows = plan.cost.sum(1)  # [R] network rows of one particle
+        if not plan.reuses:
+            rows = rows + plan.look[:, levels].sum(1)
         scores = len(levels) + 1
         if self.particles is None and plan.budget.nfe is None and plan.budget.reward_calls is None:
             raise ValueError(

@@ -21,7 +21,9 @@ def ess(log_w: Tensor) -> Tensor:
     Returns:
         [...] float64, between 1 and K; 0 where every weight is zero.
     """
-    size = torch.exp(2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1))
+    # against the largest: next to a log weight of 1e40 the logarithm of a sum is lost to rounding
+    weight = (log_w - log_w.amax(-1, keepdim=True)).exp()
+    size = weight.sum(-1).square() / weight.square().sum(-1)
     return size.nan_to_num(nan=0.0)  # -inf - -inf: no weight at all
 
 
