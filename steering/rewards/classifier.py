@@ -30,7 +30,7 @@ class Classifier(Composable):
     """
 
     net: Any
-    classes: tuple[int, ...]
+    classes: Sequence[int]  # kept as a tuple
     differentiable: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:

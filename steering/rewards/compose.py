@@ -42,7 +42,7 @@ class Sum(Composable):
         terms: pairs (weight, reward); weights finite.
     """
 
-    terms: tuple[tuple[float, Reward], ...]
+    terms: Sequence[tuple[float, Reward]]  # kept as a tuple
 
     def __post_init__(self) -> None:
         terms = tuple(self.terms)
@@ -77,13 +77,13 @@ class Sum(Composable):
 class Minimum(Composable):
     """The worst of several rewards: reward(x) = min_k r_k(x), so that all are wanted at once.
 
-    `2 * Minimum((Classifier(net, [4]), Classifier(net, [9])))` asks for what might be both.
+    `2 * Minimum([Classifier(net, [4]), Classifier(net, [9])])` asks for what might be both.
 
     Args:
         rewards: at least two.
     """
 
-    rewards: tuple[Reward, ...]
+    rewards: Sequence[Reward]  # kept as a tuple
 
     def __post_init__(self) -> None:
         rewards = tuple(self.rewards)
@@ -107,7 +107,7 @@ class Minimum(Composable):
 
 
 def _terms(reward: Any) -> tuple[tuple[float, Reward], ...]:
-    return reward.terms if isinstance(reward, Sum) else ((1.0, reward),)
+    return tuple(reward.terms) if isinstance(reward, Sum) else ((1.0, reward),)
 
 
 def _name(reward: Any) -> str:

@@ -1,0 +1,68 @@
+"""`steer demo`: the built-in model, steered to even digits, beside plain draws of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import samplers
+from samplers.result import Result
+from samplers.view.curve import curve
+from samplers.view.files import account, draws_picture, trees
+from steering import from_pipeline, rewards, zoo
+
+_EVEN = (0, 2, 4, 6, 8)
+_STEPS, _DRAWS = 25, 32
+
+
+def run(out: Path, *, seed: int, nfe: int) -> dict[str, Result]:
+    """Draw with each sampler, print what it found and spent, and write pictures to `out`.
+
+    Args:
+        out: folder, made if missing.
+        seed: of all noise.
+        nfe: network rows of each steered sampler, at least one walk.
+    """
+    least = _STEPS * _DRAWS
+    if nfe < least:
+        raise ValueError(f"--nfe {nfe}: the demo draws {_DRAWS} images, give at least {least}.")
+    out.mkdir(parents=True, exist_ok=True)
+    model = from_pipeline(zoo.load("mnist"), steps=_STEPS)
+    classifier = zoo.load("mnist-classifier")
+    reward = rewards.Classifier(classifier, _EVEN)
+    print(f"MNIST, {_STEPS} steps a walk; reward: log-probability of an even digit; lam = 1")
+    columns = ("rows", "draws", "distinct", "mean reward", "even", "ESS", "seconds")
+    print(" " * 16 + "".join(f"{column:>12}" for column in columns))
+    runs = (
+        ("plain draws", "plain", samplers.Ancestral(_DRAWS)),
+        ("importance", "importance", samplers.Importance()),
+        ("DTS", "dts", samplers.TreeSampling()),
+        ("DTS*", "dts_star", samplers.TreeSearch()),
+    )
+    results = {}
+    for title, name, sampler in runs:
+        result = samplers.sample(
+            model, reward, sampler, nfe=nfe, draws=_DRAWS, seed=seed, progress=False
+        )
+        results[name] = result
+        share = result.counts.double() / result.counts.sum()
+        even = float(share @ result.rewards.exp())
+        cells = (
+            f"{result.nfe}",
+            f"{int(result.counts.sum())}",
+            f"{result.distinct}",
+            f"{float(share @ result.rewards):.3f}",
+            f"{even:.0%}",
+            f"{float(result.ess[0]):.1f}",
+            f"{result.spent.seconds:.1f}",
+        )
+        print(f"{title:<16}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+        draws_picture(result, out / f"{name}.png", f"{title}: {even:.0%} even")
+    trees(results["dts_star"], out, "DTS*: where the best even digits came from")
+    steered = {name: results[name].history for name in ("dts", "dts_star")}
+    curve(steered).save(out / "curve.png")
+    figures = {name: account(result) for name, result in results.items()}
+    (out / "result.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
+    names = sorted(path.name for path in out.iterdir())
+    print(f"wrote {', '.join(names)} to {out}")
+    return results
