@@ -1,8 +1,8 @@
-"""Keyed noise: what is drawn is a pure function of a 64-bit key, whatever the batch, order or device.
+"""Keyed noise: what is drawn is a pure function of a key, whatever the batch, order or device.
 
 One primitive, Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
-written in integer tensor operations, so that rows of one batch may carry different keys. The 64 bits
-of a key are the cipher's key; its 128-bit counter holds the element's index and what it is used for.
+written in integer tensor operations, so that rows of one batch may carry different keys. The 64
+bits of a key are the cipher's key; its 128-bit counter holds the element's index and its use.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def normal(key: Tensor, shape: Sequence[int]) -> Tensor:
     """
     size = math.prod(shape)
     words = _philox(key, -(-size // 4), _NORMAL)
-    drawn = torch.empty(len(key), 2, 2, words[0].shape[1], device=key.device)
+    drawn = torch.empty(len(key), 2, 2, words.shape[2], device=key.device)
     for pair in range(2):
         # (0, 1]: the logarithm of 0 must not happen, that of 1 may
         radius = (_unit(words[2 * pair]).log_().mul_(-2)).sqrt_()
@@ -88,25 +88,36 @@ def _unit(word: Tensor) -> Tensor:
 
 
 def _derive(key: Tensor, index: Tensor, stream: int) -> Tensor:
-    low, high = (index & _MASK)[:, None], ((index >> 32) & _MASK)[:, None]
-    a, b, _, _ = _rounds(key, low, high, torch.zeros_like(low), torch.full_like(low, stream))
+    low, high = index & _MASK, (index >> 32) & _MASK
+    zero = torch.zeros_like(low)
+    a, b, _, _ = _rounds(key, torch.stack([low, high, zero, zero + stream])[..., None])
     return ((a << 32) | b)[:, 0]
 
 
-def _philox(key: Tensor, blocks: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four [N, blocks] tensors of 32-bit words for counters 0..blocks-1 of each key."""
-    counter = torch.arange(blocks, device=key.device).expand(len(key), blocks)
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=key.device)
-    return _rounds(key, counter, zero, zero, zero + stream)
+def _philox(key: Tensor, blocks: int, stream: int) -> Tensor:
+    """[4, N, blocks] words of 32 bits for counters 0..blocks-1 of each key."""
+    counter = torch.zeros(4, len(key), blocks, dtype=torch.int64, device=key.device)
+    counter[0] = torch.arange(blocks, device=key.device)
+    counter[3] = stream
+    return _rounds(key, counter)
 
 
-def _rounds(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor):
-    k0, k1 = (key & _MASK)[:, None], ((key >> 32) & _MASK)[:, None]
-    for _ in range(10):
+def _rounds(key: Tensor, counter: Tensor) -> Tensor:
+    """The cipher: key [N], counter [4, N, B] of 32-bit words -> [4, N, B] words.
+
+    Words 0 and 2 of the counter are multiplied, 1 and 3 are not: each pair is one tensor, since
+    for the few hundred words of a small batch the number of operations is what costs.
+    """
+    device = key.device
+    multiplier = torch.tensor([0xD2511F53, 0xCD9E8D57], device=device).view(2, 1, 1)
+    weyl = torch.tensor([0x9E3779B9, 0xBB67AE85], device=device).view(2, 1)
+    round_ = torch.arange(10, device=device).view(10, 1, 1)
+    halves = torch.stack([key & _MASK, (key >> 32) & _MASK])  # [2, N]
+    round_keys = ((halves + weyl * round_) & _MASK)[..., None]  # [10, 2, N, 1]
+    multiplied, kept = counter[0::2], counter[1::2]  # [2, N, B] each
+    for k in round_keys.unbind():
         # int64 products wrap, but their 64 bits are those of the unsigned product
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0 = ((p1 >> 32) & _MASK) ^ c1 ^ k0
-        c2 = ((p0 >> 32) & _MASK) ^ c3 ^ k1
-        c1, c3 = p1 & _MASK, p0 & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0, c1, c2, c3
+        product = (multiplied * multiplier).flip(0)
+        multiplied = (product >> 32).bitwise_and_(_MASK).bitwise_xor_(kept).bitwise_xor_(k)
+        kept = product.bitwise_and_(_MASK)
+    return torch.stack([multiplied[0], kept[0], multiplied[1], kept[1]])
