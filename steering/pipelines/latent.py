@@ -25,17 +25,19 @@ class LatentDecoder:
     Args:
         vae: a diffusers autoencoder.
         pixels: height times width of one image.
+        shift: the family's own; some have it in their configuration and do not use it.
     """
 
     vae: Any
     pixels: int
+    shift: float = 0.0
 
     @staticmethod
-    def of(vae: Any, pixels: int) -> LatentDecoder:
+    def of(vae: Any, pixels: int, shift: float = 0.0) -> LatentDecoder:
         """The decoder of `vae`; in float32, on a copy, where float16 is known to overflow."""
         if vae.dtype == torch.float16 and vae.config.get("force_upcast", True):
             vae = copy.deepcopy(vae).float()
-        return LatentDecoder(vae, pixels)
+        return LatentDecoder(vae, pixels, shift)
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Images [N, C, H, W] float32 of latents [N, *D]."""
@@ -43,8 +45,7 @@ class LatentDecoder:
         return torch.cat([self._decode(part) for part in latents.split(chunk)])
 
     def _decode(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        latents = latents / self.vae.config.scaling_factor + self.shift
         with evaluating(self.vae):
             pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
         finite = pixels.flatten(1).isfinite().all(1).view(-1, 1, 1, 1)

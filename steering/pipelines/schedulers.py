@@ -121,9 +121,11 @@ def _on_grid(scheduler: Any, name: str, steps: int, mu: float | None) -> Any:
             f"steps={steps!r} is no number of steps: give an int from 1 to {limit}, "
             "the model's training steps."
         )
-    # PNDM's warm-up repeats times for its Runge-Kutta stages; its grid is the same without them
-    extra = {"skip_prk_steps": True} if name == "PNDM" else {}
-    fresh = type(scheduler).from_config(scheduler.config, **extra)
+    # this entry lists what was a default once, and would undo what a pipeline has changed since
+    settings = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    if name == "PNDM":  # its warm-up adds times for Runge-Kutta stages; the grid is the same
+        settings["skip_prk_steps"] = True
+    fresh = type(scheduler).from_config(settings)
     if name == "FlowMatchEulerDiscrete":
         fresh.set_shift(scheduler.shift)
     try:

@@ -52,7 +52,7 @@ def build(pipe: Any, request: Request) -> Model:
     return Model(
         ConditionalDenoiser(network, ToClean(process, prediction), positive, negative, scale),
         process,
-        LatentDecoder.of(pipe.vae, height * width),
+        LatentDecoder.of(pipe.vae, height * width, pipe.vae.config.shift_factor),
         prompts=tuple(prompts),
         device=device,
         name=type(pipe).__name__,

@@ -1,0 +1,323 @@
+"""Is our chain the pipeline's? Both run on the same noise, on tiny random-weight pipelines.
+
+The pipeline is called as it is, one row at a time, and draws the noise that our chain draws. Our
+chain runs all rows in one batch, each at another step. `error` is the largest difference of two
+images; `moved` is how much the same chain differs when it is asked for something else, so that a
+small error means something. Run `python -m benchmarks.parity [--quick]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor
+
+from benchmarks.report import finish, header
+from steering import Model, from_pipeline, noise
+from tests.tiny_pipelines import (
+    SD_SCHEDULE,
+    pixel_pipeline,
+    stable_diffusion,
+    stable_diffusion_3,
+)
+
+diffusers: Any = importlib.import_module("diffusers")  # whose exports type checkers do not see
+TOLERANCE = 1e-4
+PROMPTS = ["cat", "two long dogs"]
+NEGATIVE = {"negative_prompts": ["dog", "a red cat"]}
+TEXT = {"prompts": PROMPTS, "guidance_scale": 3.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline, how it is asked, and other requests that must change the images."""
+
+    name: str
+    pipe: Callable[[], Any]
+    options: dict[str, Any] = field(default_factory=dict)  # of from_pipeline
+    others: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def cases() -> list[Case]:
+    return [*_pixel_cases(), *_stable_diffusion_cases(), *_stable_diffusion_3_cases()]
+
+
+def _scheduler(name: str, **settings: Any) -> Any:
+    return getattr(diffusers, f"{name}Scheduler")(**settings)
+
+
+def _pixel_cases() -> list[Case]:
+    v: dict[str, Any] = {"prediction_type": "v_prediction"}
+    trailing: dict[str, Any] = {"timestep_spacing": "trailing"}
+    large: dict[str, Any] = {"variance_type": "fixed_large"}
+    zero_snr: dict[str, Any] = {"rescale_betas_zero_snr": True, **trailing}
+    chains = [
+        ("leading, clip", "DDIM", {}, 0.0),
+        ("trailing, v, clip", "DDIM", v | trailing, 0.0),
+        ("cosine, v, clip", "DDIM", v | {"beta_schedule": "squaredcos_cap_v2"}, 0.0),
+        ("zero SNR, v, trailing", "DDIM", v | zero_snr, 0.0),
+        ("thresholding", "DDIM", {"thresholding": True, "sample_max_value": 2.0}, 0.0),
+        ("clip, eta .5", "DDIM", {}, 0.5),
+        ("clip, v, eta 1", "DDIM", v, 1.0),
+        ("clip, small variance", "DDPM", {}, None),
+        ("v, trailing, large variance", "DDPM", v | trailing | large, None),
+    ]
+    plain = [
+        Case(
+            f"pixels: {kind}, {name}",
+            partial(
+                pixel_pipeline, _scheduler(kind, **settings), getattr(diffusers, f"{kind}Pipeline")
+            ),
+            {} if eta is None else {"eta": eta},
+            {"another eta": {"eta": 0.7}},
+        )
+        for name, kind, settings, eta in chains
+    ]
+    labelled = Case(
+        "pixels: DDIM, class labels, guided",
+        partial(pixel_pipeline, _scheduler("DDIM", **v), classes=5),
+        {"prompts": [0, 3], "negative_prompts": [4, 4], "guidance_scale": 2.0, "eta": 0.0},
+        {"swapped": {"prompts": [3, 0]}, "unguided": {"guidance_scale": 1.0}},
+    )
+    return [*plain, labelled]
+
+
+def _stable_diffusion_cases() -> list[Case]:
+    betas = {k: SD_SCHEDULE[k] for k in ("beta_schedule", "beta_start", "beta_end")}
+    ddim: dict[str, Any] = {**SD_SCHEDULE, "clip_sample": False}
+    v: dict[str, Any] = {"prediction_type": "v_prediction"}
+    trailing: dict[str, Any] = {"timestep_spacing": "trailing"}
+    leading: dict[str, Any] = {"timestep_spacing": "leading", "steps_offset": 1}
+    karras: dict[str, Any] = {"use_karras_sigmas": True}
+    ode = {"eta": 0.0}
+    tall = {"eta": 0.0, "height": 32, "width": 16}
+    chains = [
+        ("DDIM, leading", "DDIM", ddim, ode),
+        ("DDIM, negative prompts", "DDIM", ddim, {**ode, **NEGATIVE}),
+        ("DDIM, a scale per row", "DDIM", ddim, {**ode, "guidance_scale": [5.0, 1.0]}),
+        ("DDIM, 32 x 16", "DDIM", ddim, tall),
+        ("DDIM, clip, which the pipeline undoes", "DDIM", SD_SCHEDULE, ode),
+        (
+            "DDIM, zero SNR, v, trailing",
+            "DDIM",
+            ddim | v | trailing | {"rescale_betas_zero_snr": True},
+            ode,
+        ),
+        ("DDIM, eta 1", "DDIM", ddim, {"eta": 1.0}),
+        ("DDPM", "DDPM", {**betas, "steps_offset": 1, "clip_sample": False}, {}),
+        ("Euler, Karras", "EulerDiscrete", betas | karras, ode),
+        ("Euler, v, trailing", "EulerDiscrete", betas | v | trailing, ode),
+        ("Euler-ancestral, leading", "EulerAncestralDiscrete", betas | leading, {}),
+        ("DPM++ of order 1", "DPMSolverMultistep", betas | {"solver_order": 1}, ode),
+        ("TCD", "TCD", SD_SCHEDULE, {"eta": 0.3, "steps": 4}),
+    ]
+    guided = [
+        _text_case("Stable Diffusion", name, stable_diffusion, _scheduler(kind, **extra), options)
+        for name, kind, extra, options in chains
+    ]
+    student = Case(
+        "Stable Diffusion: LCM, distilled scale",
+        partial(stable_diffusion, _scheduler("LCM", **SD_SCHEDULE), guidance_embedding=8),
+        {**TEXT, "steps": 4},
+        {"swapped": {"prompts": PROMPTS[::-1]}, "another scale": {"guidance_scale": 30.0}},
+    )
+    return [*guided, student]
+
+
+def _stable_diffusion_3_cases() -> list[Case]:
+    # images of a few tokens: move the shift's range to where it tells them apart
+    dynamic: dict[str, Any] = {
+        "use_dynamic_shifting": True,
+        "base_image_seq_len": 32,
+        "max_image_seq_len": 128,
+        "max_shift": 3.0,
+    }
+    ode = {"eta": 0.0}
+    chains = [
+        ("shift 3", {"shift": 3.0}, ode),
+        ("negative prompts", {"shift": 3.0}, {**ode, **NEGATIVE}),
+        ("dynamic shift, 16 x 16", dynamic, ode),
+        ("dynamic shift, 32 x 16", dynamic, {**ode, "height": 32, "width": 16}),
+        ("Karras", {"use_karras_sigmas": True}, ode),
+        ("re-noising", {"shift": 3.0, "stochastic_sampling": True}, {}),
+    ]
+    return [
+        _text_case(
+            "Stable Diffusion 3",
+            name,
+            stable_diffusion_3,
+            _scheduler("FlowMatchEulerDiscrete", **settings),
+            options,
+        )
+        for name, settings, options in chains
+    ]
+
+
+def _text_case(family: str, name: str, build: Any, scheduler: Any, options: Any) -> Case:
+    others = {"swapped": {"prompts": PROMPTS[::-1]}, "unguided": {"guidance_scale": 1.0}}
+    if isinstance(options.get("guidance_scale"), list):  # whose second row is unguided already
+        others["unguided"] = {"guidance_scale": options["guidance_scale"][::-1]}
+    if "height" in options:
+        others["16 x 16"] = {"height": 16}
+    return Case(f"{family}: {name}", partial(build, scheduler), {**TEXT, **options}, others)
+
+
+@torch.no_grad()
+def our_images(model: Model, key: Tensor) -> Tensor:
+    """Images of the conditions in turn, all in one batch, each a step behind the one before it."""
+    x = model.process.prior(key)
+    rows = torch.arange(len(key)) % len(model.prompts)
+    for tick in range(model.process.steps + len(key) - 1):
+        i = tick - torch.arange(len(key))
+        on = ((i >= 0) & (i < model.process.steps)).nonzero().flatten()
+        clean = model.denoiser(x[on], model.process.time(i[on]), rows[on])
+        law = model.process.transition(x[on], i[on], clean)
+        x[on] = law.sample(noise.child_key(key[on], i[on]))
+    return model.decode(x)
+
+
+@torch.no_grad()
+def pipeline_images(pipe: Any, options: dict[str, Any], key: Tensor, model: Model) -> Tensor:
+    """Images of `pipe` itself, one call for each condition, on the noise of our chain."""
+    images = []
+    shape = model.process.prior(key).shape[1:]
+    for row, prompt in enumerate(model.prompts):
+        call = {
+            "num_inference_steps": options["steps"],
+            "output_type": "pt",
+            **{k: options[k] for k in ("eta", "height", "width") if k in options},
+        }
+        scale = options.get("guidance_scale")
+        scale = scale[row] if isinstance(scale, list) else scale
+        negative = options["negative_prompts"][row] if "negative_prompts" in options else None
+        one = key[row : row + 1]
+        if "prompt" in inspect.signature(pipe.__call__).parameters:
+            call |= {"prompt": prompt, "negative_prompt": negative, "guidance_scale": scale}
+            call["latents"] = noise.normal(one, shape)
+        if "eta" not in inspect.signature(pipe.__call__).parameters:
+            call.pop("eta", None)
+        with _drawing(pipe, one), _labelled(pipe, prompt, negative, scale):
+            images.append(pipe(**call).images)
+    return torch.cat(images)
+
+
+@contextmanager
+def _drawing(pipe: Any, key: Tensor) -> Iterator[None]:
+    """The pipeline's start and its scheduler's k-th draw are those of our chain under `key`."""
+    draws = iter(range(10**6))
+
+    def start(shape: tuple[int, ...], **_: Any) -> Tensor:
+        return noise.normal(key, shape[1:])
+
+    def step(shape: tuple[int, ...], **_: Any) -> Tensor:
+        return noise.normal(noise.child_key(key, next(draws)), shape[1:])
+
+    patched = [(type(pipe).__module__, start), (type(pipe.scheduler).__module__, step)]
+    undo = []
+    for name, draw in patched:
+        module = importlib.import_module(name)
+        if hasattr(module, "randn_tensor"):
+            undo.append(mock.patch.object(module, "randn_tensor", draw))
+    for patch in undo:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in undo:
+            patch.stop()
+
+
+@contextmanager
+def _labelled(pipe: Any, label: Any, null: Any, scale: Any) -> Iterator[None]:
+    """Pixel pipelines pass no class label: hand it to the network under them."""
+    if not isinstance(label, int):
+        yield
+        return
+    forward = pipe.unet.forward
+
+    def guided(x: Tensor, t: Tensor) -> UNet2DOutput:
+        positive = forward(x, t, class_labels=torch.tensor([label])).sample
+        negative = forward(x, t, class_labels=torch.tensor([null])).sample
+        return UNet2DOutput(sample=negative + scale * (positive - negative))
+
+    with mock.patch.object(pipe.unet, "forward", guided):
+        yield
+
+
+def compare(case: Case, steps: int, seed: int) -> tuple[float, dict[str, float]]:
+    """The largest difference to the pipeline, and that to each other request."""
+    options = {"steps": steps, **case.options}
+    pipe = case.pipe()
+    model = from_pipeline(pipe, **options)
+    # two items even of an unconditional model, so that mixed steps are met
+    key = noise.root_key(seed, torch.arange(max(2, len(model.prompts))))
+    images = our_images(model, key)
+    if len(model.prompts) == 1:
+        theirs = [pipeline_images(pipe, options, one, model) for one in key.split(1)]
+        expected = torch.cat(theirs)
+    else:
+        expected = pipeline_images(pipe, options, key, model)
+    moved = {}
+    for name, other in case.others.items():
+        others = our_images(from_pipeline(case.pipe(), **{**options, **other}), key)
+        # of another size, the corner that both have
+        high, wide = min(images.shape[2], others.shape[2]), min(images.shape[3], others.shape[3])
+        difference = images[..., :high, :wide] - others[..., :high, :wide]
+        moved[name] = difference.abs().flatten(1).max(1).values.min().item()
+    return (images - expected).abs().max().item(), moved
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="5 steps instead of 50, one seed")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    steps, seeds = (5, [0]) if arguments.quick else (50, [0, 1, 2])
+    header()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    print(f"{steps} steps (students 4), seeds {seeds}; images in [0, 1]")
+    print(f"{'case':<46} {'error':>8}  moved (smallest over rows and seeds)")
+    errors, ratio = {}, float("inf")
+    for case in cases():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            found = [compare(case, steps, seed) for seed in seeds]
+        error = max(error for error, _ in found)
+        moved = {name: min(moves[name] for _, moves in found) for name in case.others}
+        if moved:
+            ratio = min(ratio, min(moved.values()) / max(error, 1e-12))
+        errors[case.name] = error
+        notes = ", ".join(f"{name} {value:.3f}" for name, value in moved.items())
+        print(f"{case.name:<46} {error:8.1e}  {notes}", flush=True)
+    families = {
+        family: max(e for name, e in errors.items() if name.startswith(f"{family}:"))
+        for family in ("pixels", "Stable Diffusion", "Stable Diffusion 3")
+    }
+    finish(
+        {
+            "max_error": max(errors.values()),
+            "tolerance": TOLERANCE,
+            "smallest_move_over_error": ratio,
+            "families": families,
+            "cases": errors,
+            "steps": steps,
+            "seeds": seeds,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
