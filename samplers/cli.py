@@ -59,14 +59,16 @@ def _sample(given: argparse.Namespace) -> int:
         raise ValueError("no budget: give --nfe, --reward-calls or --seconds.")
     pipe = _pipeline(given.model, given.device, given.dtype)
     asked = {
-        "prompts": _prompts(given.prompt, pipe),
-        "negative_prompts": given.negative_prompt or None,
+        "prompts": _prompts("--prompt", given.prompt, pipe),
+        "negative_prompts": _prompts("--negative-prompt", given.negative_prompt, pipe),
         "guidance_scale": given.guidance_scale,
         "height": given.height,
         "width": given.width,
         "eta": given.eta,
     }
-    model = from_pipeline(pipe, steps=given.steps, **{k: v for k, v in asked.items() if v})
+    model = from_pipeline(
+        pipe, steps=given.steps, **{k: v for k, v in asked.items() if v is not None}
+    )
     result = samplers.sample(
         model,
         reward,
@@ -106,16 +108,14 @@ def _pipeline(name: str, device: str, dtype: str | None) -> Any:
     return pipe.to(device)
 
 
-def _prompts(given: list[str], pipe: Any) -> list[Any] | None:
+def _prompts(flag: str, given: list[str], pipe: Any) -> list[Any] | None:
     """Texts; class labels for a pipeline that reads no text."""
     if not given:
         return None
     if hasattr(pipe, "tokenizer"):
         return given
     if not all(text.isdecimal() for text in given):
-        raise ValueError(
-            "--prompt: this pipeline reads no text, give class labels, as in --prompt 3."
-        )
+        raise ValueError(f"{flag}: this pipeline reads no text, give class labels, as in {flag} 3.")
     return [int(text) for text in given]
 
 

@@ -27,7 +27,7 @@ def image_grid(
         images: N PIL images, or [N, 1 or 3, H, W] in [0, 1].
         captions: N lines to write below them.
         columns: images in a row; None makes the grid about as wide as it is high.
-        size: side of a cell in pixels; None takes the images' own, at least 56.
+        size: side of a cell in pixels; None takes the images' own, at least 72.
         title: one line above.
 
     Raises:
@@ -39,7 +39,7 @@ def image_grid(
     if captions is not None and len(captions) != len(shown):
         raise ValueError(f"{len(captions)} captions for {len(shown)} images: give one each.")
     columns = columns or math.ceil(math.sqrt(len(shown)))
-    size = size or max(56, *(max(image.size) for image in shown))
+    size = size or max(72, *(max(image.size) for image in shown))
     line = _TEXT + 5 if captions is not None else 0
     head = 2 * _TEXT + _GAP if title else 0
     rows = math.ceil(len(shown) / columns)

@@ -1,0 +1,169 @@
+"""Bad calls get one clear error, which names the argument, before the first network row."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from samplers import SMC, Ancestral, BestOfN, TreeSampling, TreeSearch, load, sample
+from search.widen import Widening
+from steering import Model, from_pipeline, zoo
+from steering.rewards import Classifier, Jpeg, Minimum, Sum, from_pil
+from tests.brownian import brownian, first
+from tests.tiny_pipelines import pixel_pipeline
+
+
+def run(model, **changed):
+    """A good call, but for what is changed."""
+    good = {"reward": first, "sampler": BestOfN(), "nfe": 100, "progress": False}
+    return sample(**{"model": model, **good, **changed})
+
+
+def ode_tree(model):
+    return run(Model(model.denoiser, brownian(ode=True).process), sampler=TreeSampling(branch=(5,)))
+
+
+class NoDensity:
+    """A guidance whose kernel has no density."""
+
+    exact = False
+
+    def propose(self, *arguments):
+        raise AssertionError("it was run")
+
+    def rows(self, i):
+        return torch.ones_like(i)
+
+
+RUNS = {
+    "model": (lambda m: run(object()), "model"),
+    "model-none": (lambda m: run(None), "model"),
+    "reward": (lambda m: run(m, reward=3), "reward"),
+    "reward-none": (lambda m: run(m, reward=None), "reward"),
+    "sampler-class": (lambda m: run(m, sampler=BestOfN), "sampler"),
+    "sampler-text": (lambda m: run(m, sampler="dts"), "sampler"),
+    "nfe-zero": (lambda m: run(m, nfe=0), "nfe"),
+    "nfe-negative": (lambda m: run(m, nfe=-5), "nfe"),
+    "nfe-float": (lambda m: run(m, nfe=99.5), "nfe"),
+    "nfe-text": (lambda m: run(m, nfe="100"), "nfe"),
+    "nfe-bool": (lambda m: run(m, nfe=True), "nfe"),
+    "nfe-below-a-walk": (lambda m: run(m, nfe=9), "nfe"),
+    "nfe-below-a-walk-dts": (lambda m: run(m, nfe=9, sampler=TreeSampling()), "nfe"),
+    "nfe-below-a-population": (lambda m: run(m, nfe=50, sampler=SMC(particles=50)), "nfe"),
+    "reward-calls": (lambda m: run(m, reward_calls=0), "reward_calls"),
+    "seconds": (lambda m: run(m, seconds=-1.0), "seconds"),
+    "seconds-nan": (lambda m: run(m, seconds=math.nan), "seconds"),
+    "no-budget": (lambda m: run(m, nfe=None), "nfe"),
+    "draws": (lambda m: run(m, draws=0), "draws"),
+    "draws-float": (lambda m: run(m, draws=2.5), "draws"),
+    "lam-negative": (lambda m: run(m, lam=-1.0), "lam"),
+    "lam-infinite": (lambda m: run(m, lam=math.inf), "lam"),
+    "lam-and-kl": (lambda m: run(m, lam=1.0, kl=1.0), "kl"),
+    "kl": (lambda m: run(m, kl=0.0), "kl"),
+    "ess": (lambda m: run(m, ess=1.5), "ess"),
+    "seed": (lambda m: run(m, seed=0.5), "seed"),
+    "weights": (lambda m: run(m, weights="some"), "weights"),
+    "guidance": (lambda m: run(m, guidance=3), "guidance"),
+    "guidance-without-density": (lambda m: run(m, guidance=NoDensity()), "weights"),
+    "batch": (lambda m: run(m, batch=0), "batch"),
+    "on-error": (lambda m: run(m, on_error="ignore"), "on_error"),
+    "also": (lambda m: run(m, also=[3]), "also"),
+    "also-not-a-list": (lambda m: run(m, also=Jpeg()), "also"),
+    "branch-on-an-ode": (ode_tree, "branch"),
+    "branch-beyond": (lambda m: run(m, sampler=TreeSampling(branch=(99,))), "branch"),
+    "branch-falling": (lambda m: run(m, sampler=TreeSearch(branch=(5, 3))), "branch"),
+    "levels-beyond": (lambda m: run(m, sampler=SMC(levels=(99,))), "levels"),
+    "load": (lambda m: load("no/such/folder", m, first), "no/such/folder"),
+    "unknown": (lambda m: run(m, budget=100), "budget"),
+}
+
+PARTS = {
+    "n": (lambda: BestOfN(0), "n="),
+    "n-text": (lambda: Ancestral("4"), "n="),
+    "law": (lambda: TreeSampling(law="exact"), "law"),
+    "branch": (lambda: TreeSampling(branch="late"), "branch"),
+    "parallel": (lambda: TreeSampling(parallel=0), "parallel"),
+    "backup": (lambda: TreeSearch(backup="mean"), "backup"),
+    "value": (lambda: TreeSearch(value="net"), "value"),
+    "c-uct": (lambda: TreeSearch(c_uct=-1.0), "c_uct"),
+    "widening": (lambda: Widening(c=0.0), "c="),
+    "widening-alpha": (lambda: Widening(alpha=2.0), "alpha="),
+    "particles": (lambda: SMC(particles=1), "particles"),
+    "potential": (lambda: SMC(potential="sum"), "potential"),
+    "scheme": (lambda: SMC(scheme="residual"), "scheme"),
+    "smc-ess": (lambda: SMC(ess=2.0), "ess"),
+    "option": (lambda: TreeSampling(depth=3), "depth"),
+    "classes": (lambda: Classifier(torch.nn.Identity(), []), "classes"),
+    "net": (lambda: Classifier("resnet", [1]), "net"),
+    "quality": (lambda: Jpeg(quality=0), "quality"),
+    "terms": (lambda: Sum([(1.0, 3)]), "terms"),
+    "rewards": (lambda: Minimum([Jpeg()]), "rewards"),
+    "from-pil": (lambda: from_pil(3), "from_pil"),
+    "zoo": (lambda: zoo.load("imagenet"), "imagenet"),
+    "zoo-reference": (lambda: zoo.reference("cifar"), "cifar"),
+    "prompts-empty": (lambda: Model(first, None, prompts=()), "prompts"),
+}
+
+PIPES = {
+    "pipe": (lambda p: from_pipeline(object()), "pipe"),
+    "pipe-text": (lambda p: from_pipeline("runwayml/stable-diffusion"), "pipe"),
+    "steps-zero": (lambda p: from_pipeline(p, steps=0), "steps"),
+    "steps-float": (lambda p: from_pipeline(p, steps=2.5), "steps"),
+    "steps-beyond": (lambda p: from_pipeline(p, steps=1001), "steps"),
+    "eta": (lambda p: from_pipeline(p, eta=2.0), "eta"),
+    "prompts-text": (lambda p: from_pipeline(p, "a cat"), "prompts"),
+    "prompts-none": (lambda p: from_pipeline(p, []), "prompts"),
+    "prompts-unconditional": (lambda p: from_pipeline(p, ["a cat"]), "prompts"),
+    "negative": (lambda p: from_pipeline(p, negative_prompts=["x"]), "negative_prompts"),
+    "height": (lambda p: from_pipeline(p, height=9), "height"),
+    "guidance-scale": (lambda p: from_pipeline(p, guidance_scale=3.0), "guidance_scale"),
+}
+
+
+def clear(error: BaseException, name: str) -> None:
+    """The message is one or two sentences, and names what is wrong."""
+    text = str(error)
+    assert name in text
+    assert 10 < len(text) < 500
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_bad_run_is_refused_before_the_first_row(case):
+    model, (call, name) = brownian(), RUNS[case]
+    with pytest.raises((ValueError, TypeError, FileNotFoundError)) as caught:
+        call(model)
+    clear(caught.value, name)
+    assert model.denoiser.rows_seen == []
+
+
+def test_the_good_call_is_good():
+    model = brownian()
+    assert run(model).distinct == 10
+    assert sum(model.denoiser.rows_seen) >= 100
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_a_bad_part_is_refused_where_it_is_made(case):
+    call, name = PARTS[case]
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call()
+    clear(caught.value, name)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pixel_pipeline(DDIMScheduler())
+
+
+@pytest.mark.parametrize("case", PIPES)
+def test_a_bad_pipeline_call_is_refused_before_the_first_row(case, pipe):
+    rows = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(1))
+    call, name = PIPES[case]
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call(pipe)
+    hook.remove()
+    clear(caught.value, name)
+    assert rows == []
