@@ -65,7 +65,10 @@ class Request:
 
     def size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
         """Height and width in pixels: what was given, else the pipeline's own."""
-        sizes = self.height or height, self.width or width
+        sizes = (
+            height if self.height is None else self.height,
+            width if self.width is None else self.width,
+        )
         for name, size in zip(("height", "width"), sizes, strict=True):
             if size < multiple or size % multiple:
                 raise ValueError(f"{name}={size} does not fit: give a multiple of {multiple}.")
