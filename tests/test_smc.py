@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from samplers import SMC, Rollouts
+from samplers import SMC, Rollouts, Walked
 from samplers.core import PRIOR
 from tests.fake_engine import FakeEngine, make_plan
 
@@ -80,7 +80,7 @@ def test_states_that_nobody_walks_from_again_are_let_go():
 @pytest.mark.parametrize("reuses", [True, False])
 def test_the_budget_is_never_overrun_and_none_is_left_unscored(reuses):
     # a kept state's look is its copies' first row, but for an engine that cannot reuse it
-    for nfe in (40, 99, 500, 1234):
+    for nfe in (40, 99, 234):
         for sampler in (SMC(), SMC(2)):
             engine, draws, _ = run(sampler, nfe=nfe, conditions=2, reuses=reuses)
             if not reuses:
@@ -159,6 +159,35 @@ def test_a_result_can_be_had_at_any_time(told):
     assert set(draws.id.tolist()) <= set(engine.state) - set(state.drop)
     at = torch.tensor([engine.state[i][0] for i in draws.id.tolist()])
     assert draws.finished.equal(at == STEPS)
+
+
+@pytest.mark.parametrize("ess", [0.0, 1.0])
+@pytest.mark.parametrize("potential", ["difference", "max", "add"])
+def test_potentials_along_a_line_of_descent(potential, ess):
+    # stopped on the way to the data: what stands at the last level carries the weights so far
+    k, sampler = 6, SMC(6, potential, levels=LEVELS, ess=ess)
+    engine = Recorder(make_plan(steps=STEPS, lam=0.5), SD)
+    state = sampler.init(engine.plan)
+    reward, descent = {}, {}
+    for _ in LEVELS:
+        asked = sampler.ask(state, 100)
+        answers = engine.walk(asked)
+        for (id, r, *_), src in zip(answers, asked.src.tolist(), strict=True):
+            reward[id], descent[id] = r, [*descent.get(src, []), id]
+        columns = [torch.tensor(c) for c in zip(*answers, strict=True)]
+        sampler.tell(state, Walked(*columns))
+    sampler.ask(state, 100)
+    population = state.populations[0]
+    for slot, id in enumerate(population.here.tolist()):
+        r = [reward[i] for i in descent[id]]
+        log_g = {
+            "difference": [b - a for a, b in zip([0.0, *r], r, strict=False)],
+            "max": [max(r[: n + 1]) for n in range(len(r))],
+            "add": [sum(r[: n + 1]) for n in range(len(r))],
+        }[potential]
+        assert float(population.spent[slot]) == pytest.approx(0.5 * sum(log_g))
+        assert float(population.log_w[slot]) == pytest.approx(0.0 if ess else 0.5 * sum(log_g))
+    assert len(population.here) == k
 
 
 def test_guided_walks_carry_their_ratio():

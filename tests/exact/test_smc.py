@@ -14,7 +14,7 @@ from tests.exact import finite_chain, gaussian_chain, tilted
 from tests.exact.estimates import average, ratio, tilted_moments
 from tests.exact.guided import Push
 
-REPEATS, K = 100, 30
+REPEATS, K = 50, 60
 
 
 def check(found, truth, largest):
