@@ -1,8 +1,8 @@
 """Chains whose law is known in closed form, to hold samplers against."""
 
 from tests.exact.finite import FiniteChain, finite_chain
-from tests.exact.gaussian import GaussianChain, gaussian_chain, tilted
-from tests.exact.mixture import Checkerboard, Modes, diffusion_levels, planar_chain
+from tests.exact.gaussian import GaussianChain, diffusion_levels, gaussian_chain, tilted
+from tests.exact.mixture import Checkerboard, Modes, mmd, planar_chain
 
 __all__ = [
     "Checkerboard",
@@ -12,6 +12,7 @@ __all__ = [
     "diffusion_levels",
     "finite_chain",
     "gaussian_chain",
+    "mmd",
     "planar_chain",
     "tilted",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,9 +52,24 @@ class Modes:
         return (resp[..., None] * (self.means + pull[:, None] * gap)).sum(1)
 
     def reward(self, x: Tensor, prompts: object = None) -> Tensor:
-        gap = (x.double()[:, None] - self.means).square().sum(2) / (2 * self.std**2)
+        """[N] float64 of points [N, 2], or [N, C, 2] summed over copies."""
+        gap = (x.double()[..., None, :] - self.means).square().sum(-1) / (2 * self.std**2)
         tilt = self.slope * torch.arange(self.modes, dtype=torch.float64)
-        return (tilt - gap).logsumexp(1) - (-gap).logsumexp(1)
+        each = (tilt - gap).logsumexp(-1) - (-gap).logsumexp(-1)
+        return each.flatten(1).sum(1) if each.dim() > 1 else each
+
+    def near(self, x: Tensor, width: float) -> Tensor:
+        """E[exp(-|x - y|² / (2 width²))] over y of the tilted law: [N] for x [N, 2]."""
+        var = width**2 + self.std**2
+        gap = (x[:, None] - self.means).square().sum(2)
+        return width**2 / var * (-gap / (2 * var)).exp() @ self.weights
+
+    def own(self, width: float) -> float:
+        """The same for x of the tilted law, too."""
+        var = width**2 + 2 * self.std**2
+        gap = (self.means[:, None] - self.means).square().sum(2)
+        kernel = width**2 / var * (-gap / (2 * var)).exp()
+        return float(self.weights @ kernel @ self.weights)
 
     def draw(self, n: int, generator: torch.Generator, target: bool = True) -> Tensor:
         """[n, 2] float64 exact draws from the tilted law, or from the model's data."""
@@ -86,8 +102,7 @@ class Checkerboard:
 
     @property
     def log_z(self) -> float:
-        mass = self._mass()
-        return math.log(float((self.dark * mass[:, None] * mass).sum()) / (8 * self.side**2))
+        return math.log(self._total() / (8 * self.side**2))
 
     def clean(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """E[x_0 | alpha x_0 + sigma z = x]: [N, 2] float64, for alpha, sigma [N, 1]."""
@@ -99,7 +114,27 @@ class Checkerboard:
         )
 
     def reward(self, x: Tensor, prompts: object = None) -> Tensor:
-        return -0.5 * x.double().square().sum(1)
+        """[N] float64 of points [N, 2], or [N, C, 2] summed over copies."""
+        return -0.5 * x.double().square().flatten(1).sum(1)
+
+    def near(self, x: Tensor, width: float) -> Tensor:
+        """E[exp(-|x - y|² / (2 width²))] over y of the tilted law: [N] for x [N, 2]."""
+        var = width**2 / (1 + width**2)  # of y under kernel times exp(-y²/2)
+        at = (self.edges - (x / (1 + width**2))[..., None]) / math.sqrt(var)  # [N, 2, 5]
+        part = math.sqrt(2 * math.pi * var) * torch.special.ndtr(at).diff()
+        part = part * (-x.square() / (2 * (1 + width**2))).exp()[..., None]  # [N, 2, 4]
+        return torch.einsum("ni,ij,nj->n", part[:, 0], self.dark, part[:, 1]) / self._total()
+
+    def own(self, width: float) -> float:
+        """The same for x of the tilted law, too; by Gauss-Legendre quadrature in each cell."""
+        node, weight = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(64))
+        y = self.edges[:-1, None] + self.side * (node + 1) / 2  # [4, 64]
+        mass = self.side / 2 * weight * (-y.square() / 2).exp()
+        flat, mass = y.flatten(), mass.flatten()
+        kernel = (-(flat[:, None] - flat).square() / (2 * width**2)).exp() * mass[:, None] * mass
+        cells = kernel.view(4, 64, 4, 64).sum((1, 3))
+        both = torch.einsum("ij,kl,ik,jl->", self.dark, self.dark, cells, cells)
+        return float(both) / self._total() ** 2
 
     def draw(self, n: int, generator: torch.Generator, target: bool = True) -> Tensor:
         """[n, 2] float64 exact draws from the tilted law, or from the model's data."""
@@ -114,6 +149,11 @@ class Checkerboard:
         below = torch.special.ndtr(self.edges)
         return torch.special.ndtri(below[cell] + u * (below[cell + 1] - below[cell]))
 
+    def _total(self) -> float:
+        """∫ exp(-|x|²/2) over the dark squares."""
+        mass = self._mass()
+        return float((self.dark * mass[:, None] * mass).sum())
+
     def _mass(self) -> Tensor:
         """[4] ∫ exp(-x²/2) over the cells of one axis."""
         return math.sqrt(2 * math.pi) * torch.special.ndtr(self.edges).diff()
@@ -127,19 +167,47 @@ class Planar:
     process: GaussianProcess
 
     def __call__(self, x: Tensor, t: Tensor, row: Tensor) -> Tensor:
-        i = t.long()
+        i = t.long().repeat_interleave(x.shape[1])  # copies are independent
         alpha, sigma = self.process.alpha[i, None], self.process.sigma[i, None]
-        return self.density.clean(x.double(), alpha, sigma).float()
+        clean = self.density.clean(x.flatten(0, 1).double(), alpha, sigma)
+        return clean.float().view_as(x)
 
     def rows(self, t: Tensor, row: Tensor) -> Tensor:
         return torch.ones(len(t), dtype=torch.int64)
 
 
-def planar_chain(density: Modes | Checkerboard, steps: int = 50, conditions: int = 1) -> Model:
-    """A variance-preserving chain (DDIM, eta = 1) of `density` with its exact denoiser."""
-    process = vp((2,), diffusion_levels(steps))
+def planar_chain(
+    density: Modes | Checkerboard, steps: int = 50, copies: int = 1, conditions: int = 1
+) -> Model:
+    """A variance-preserving chain (DDIM, eta = 1) with the exact denoiser.
+
+    States are [N, copies, 2]: independent copies of `density`, which make large rewards rare.
+    """
+    process = vp((copies, 2), diffusion_levels(steps))
     denoiser = Planar(density, process)
     return Model(denoiser, process, prompts=(None,) * conditions, name=type(density).__name__)
+
+
+def mmd(x: Tensor, w: Tensor, law: Modes | Checkerboard, width: float = 1.0) -> float:
+    """Maximum mean discrepancy of weighted points to the tilted law itself, in closed form.
+
+        MMD² = Σ_ij w_i w_j k(x_i, x_j) - 2 Σ_i w_i E_y k(x_i, y) + E_yy' k(y, y')
+        k(x, y) = exp(-|x - y|² / (2 width²))
+
+    A V-statistic of the points: its expectation for n independent draws is of the order 1/sqrt(n).
+
+    Args:
+        x: [N, 2]; w: [N] weights that add to 1.
+        law: has the expectations over y in closed form.
+        width: of the kernel.
+    """
+    x, w = x.double(), w.double()
+    pairs = sum(
+        float(c_w @ (-torch.cdist(c_x, x).square() / (2 * width**2)).exp() @ w)
+        for c_x, c_w in zip(x.split(1024), w.split(1024), strict=True)
+    )
+    squared = pairs - 2 * float(w @ law.near(x, width)) + law.own(width)
+    return math.sqrt(max(squared, 0.0))
 
 
 def _truncated(mean: Tensor, std: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:

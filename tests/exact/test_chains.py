@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from samplers import Ancestral, sample
-from tests.exact import Checkerboard, Modes, finite_chain, gaussian_chain, tilted
+from tests.exact import Checkerboard, Modes, finite_chain, gaussian_chain, mmd, tilted
 
 
 @pytest.mark.parametrize("kind", ["vp", "flow"])
@@ -86,3 +86,23 @@ def test_far_from_all_squares_the_guess_stays_on_the_board():
     clean = Checkerboard().clean(x, *level)
     assert clean.isfinite().all()
     assert clean.abs().max() <= 4
+
+
+@pytest.mark.parametrize(("density", "points", "p"), list(densities()), ids=["modes", "board"])
+def test_kernel_distances_to_the_law_itself(density, points, p):
+    mass = p * density.reward(points).exp()
+    heavy = mass > 1e-9 * mass.max()
+    y, q = points[heavy], mass[heavy] / mass[heavy].sum()
+    x = torch.tensor([[0.3, -0.2], [2.0, 1.0], [-4.0, 0.1]], dtype=torch.float64)
+    width = 0.8
+    kernel = (-torch.cdist(x, y).square() / (2 * width**2)).exp() @ q
+    assert torch.allclose(density.near(x, width), kernel, atol=1e-4)
+    draws = density.draw(4000, torch.Generator().manual_seed(3))
+    own = density.near(draws, width)
+    assert abs(float(own.mean()) - density.own(width)) < 4 * float(own.std()) / math.sqrt(4000)
+    # exact draws are near, by about sqrt((1 - own) / n); those of the untilted law are not
+    equal = torch.full((4000,), 1 / 4000, dtype=torch.float64)
+    floor = math.sqrt((1 - density.own(width)) / 4000)
+    assert mmd(draws, equal, density, width) < 2 * floor
+    plain = density.draw(4000, torch.Generator().manual_seed(3), target=False)
+    assert mmd(plain, equal, density, width) > 10 * floor
