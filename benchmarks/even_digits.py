@@ -1,0 +1,375 @@
+"""Which sampler gets closest to the tilted law of a real image model, for how many network rows?
+
+    python -m benchmarks.even_digits [--quick] [--nfe N ...] [--seeds S] [--pool N] [--work DIR]
+                                     [--minutes M] [--shard K/N] [--device cuda]
+
+The built-in MNIST model (50 steps, DDIM eta = 1), lam = 1, and four rewards: log p(even), log p(1),
+log p(8) under the built-in classifier, and a rare pair, 2 min(log p(4), log p(9)). The reference of
+every task is one pool of independent walks with its importance weights, in the features of the
+classifier (64 units of its hidden layer); no sampler's run shares a seed with it.
+
+Every run is kept under --work and never made twice, so a long ladder is a chain of short jobs; with
+--shard several processes share the work. What is there is reported at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.report import finish, header
+from samplers import SMC, Ancestral, BestOfN, Importance, TreeSampling, TreeSearch, sample
+from steering import from_pipeline, rewards, zoo
+from steering.metrics import Moments, diversity, frechet, mmd
+
+STEPS, DRAWS, POOL_SEED, SHARD = 50, 5000, 10**6, 1000
+EXTRACTOR = "mnist-classifier/64"
+CLASSES = {"even": [0, 2, 4, 6, 8], "one": [1], "eight": [8], "rare": [4, 9]}
+COMMON = ("even", "one", "eight")
+SAMPLERS: dict[str, Callable[[], Any]] = {
+    "dts": lambda: TreeSampling(),
+    "dts published": lambda: TreeSampling(law="published"),
+    "dts_star": lambda: TreeSearch(),
+    "smc": lambda: SMC(),
+    "importance": lambda: Importance(),
+    "best_of_n": lambda: BestOfN(),
+    "unsteered": lambda: Ancestral(),
+}
+INDEPENDENT = ("importance", "best_of_n", "unsteered")  # the same walks whatever the reward
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a run's draws are judged by. K distinct items."""
+
+    features: Tensor  # [K, 64]
+    logits: Tensor  # [K, 10]
+    counts: Tensor  # [K] multiplicity among the draws
+    nfe: int
+    seconds: float
+    found: int
+    ess: float
+    root_ess: float
+    log_z: float
+
+
+def task_reward(task: str, net: Any) -> Any:
+    """The reward that samplers are given."""
+    if task == "rare":
+        each = [rewards.Classifier(net, classes=[c]) for c in CLASSES[task]]
+        return 2 * rewards.Minimum(each)
+    return rewards.Classifier(net, classes=CLASSES[task])
+
+
+def score(task: str, logits: Tensor) -> Tensor:
+    """The same reward [N] float64, from logits [N, 10] of the classifier."""
+    log_p = logits.double().log_softmax(1)[:, CLASSES[task]]
+    if task == "rare":
+        return 2 * log_p.min(1).values
+    return log_p.logsumexp(1).clamp(max=0)
+
+
+@torch.no_grad()
+def look(net: Any, items: Tensor, device: str) -> tuple[Tensor, Tensor]:
+    """Features [N, 64] and logits [N, 10] of items."""
+    parts = [net.features(chunk.to(device)) for chunk in items.split(500)]
+    features = torch.cat(parts)
+    return features.cpu(), net.head(features).cpu()
+
+
+class Bench:
+    """The runs of a ladder, kept in a folder."""
+
+    def __init__(self, work: Path, device: str, pool: int) -> None:
+        self.work, self.device, self.pool_size = work, device, pool
+        work.mkdir(parents=True, exist_ok=True)
+        self.net = zoo.load("mnist-classifier", device=device)
+        self.model = from_pipeline(zoo.load("mnist", device=device), steps=STEPS)
+        self.batch = 64 if device == "cpu" else 1024
+
+    def jobs(self, ladder: list[int], seeds: int) -> list[tuple[str, Callable[[], None]]]:
+        """Every piece of work that is not done yet, by its file's name; cheap ones first."""
+        jobs: dict[str, Callable[[], None]] = {}
+        for nfe in sorted(ladder):
+            for seed in range(seeds):
+                for task in CLASSES:
+                    for name in SAMPLERS:
+                        key = self.key(task, name, nfe, seed)
+                        if key not in jobs:
+                            jobs[key] = lambda t=task, n=name, b=nfe, s=seed, k=key: self.run(
+                                t, n, b, s, k
+                            )
+            if nfe == min(ladder):  # without the pool nothing can be reported
+                for k in range(math.ceil(self.pool_size / SHARD)):
+                    jobs[f"pool-{k:04d}"] = lambda k=k: self.shard(k)
+        return [(k, j) for k, j in jobs.items() if not self.path(k).exists()]
+
+    def key(self, task: str, name: str, nfe: int, seed: int) -> str:
+        """Name of a run's file; independent walks do not depend on the task."""
+        if name in INDEPENDENT:
+            task, name = "any", "independent"
+        return f"{task}-{name.replace(' ', '_')}-{nfe}-{seed}"
+
+    def path(self, key: str) -> Path:
+        return self.work / f"{key}.safetensors"
+
+    def shard(self, k: int) -> None:
+        """A part of the pool."""
+        run = sample(
+            self.model, _nothing, Ancestral(SHARD), seed=POOL_SEED + k, batch=self.batch,
+            progress=False,
+        )  # fmt: skip
+        self.keep(f"pool-{k:04d}", run, run.counts)
+
+    def run(self, task: str, name: str, nfe: int, seed: int, key: str) -> None:
+        """One sampler on one task."""
+        independent = name in INDEPENDENT
+        sampler = Ancestral() if independent else SAMPLERS[name]()
+        reward = _nothing if independent else task_reward(task, self.net)
+        run = sample(
+            self.model, reward, sampler, nfe=nfe, lam=1.0, seed=seed, batch=self.batch,
+            draws=None if independent else 64 if name == "dts_star" else DRAWS, progress=False,
+        )  # fmt: skip
+        self.keep(key, run, run.counts)
+
+    def keep(self, key: str, run: Any, counts: Tensor) -> None:
+        features, logits = look(self.net, run.items, self.device)
+        about = {
+            "nfe": run.nfe, "seconds": run.spent.seconds, "found": int(run.found.sum()),
+            "ess": float(run.ess[0]), "root_ess": float(run.root_ess[0]),
+            "log_z": float(run.log_z[0]),
+        }  # fmt: skip
+        # walks in the order of their making, so that weights can be put on them later
+        order = run.ids.argsort() if key.startswith("any") else torch.arange(len(counts))
+        tensors = {"features": features[order], "logits": logits[order], "counts": counts[order]}
+        part = self.path(key).with_suffix(".part")
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()}, part, {"about": json.dumps(about)}
+        )
+        part.replace(self.path(key))
+
+    def drawn(self, task: str, name: str, nfe: int, seed: int) -> Drawn | None:
+        """What a run found, or None if it has not been made."""
+        path = self.path(self.key(task, name, nfe, seed))
+        if not path.exists():
+            return None
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["about"])
+        features, logits, counts = tensors["features"], tensors["logits"], tensors["counts"]
+        if name in INDEPENDENT:
+            reward = score(task, logits)
+            if name == "importance":
+                weight = reward.softmax(0)
+                counts = (
+                    (weight.cumsum(0) * DRAWS - 0.5).ceil().diff(prepend=weight.new_zeros(1)).long()
+                )
+                about["ess"] = about["root_ess"] = float(1 / weight.square().sum())
+                about["log_z"] = float(reward.logsumexp(0) - math.log(len(reward)))
+            elif name == "best_of_n":
+                counts = torch.zeros_like(counts)
+                counts[reward.topk(min(64, len(reward))).indices] = 1
+            keep = counts > 0
+            features, logits, counts = features[keep], logits[keep], counts[keep]
+        return Drawn(features, logits, counts, **about)
+
+
+def _nothing(items: Tensor, prompts: list) -> Tensor:
+    return items.new_zeros(len(items))
+
+
+class Reference:
+    """The tilted law of one task, as a weighted pool; and the real digits."""
+
+    def __init__(self, task: str, features: Tensor, logits: Tensor) -> None:
+        reward = score(task, logits)
+        self.features, self.weights = features, reward.softmax(0)
+        self.mean_weight = float(reward.exp().mean())
+        self.ess = float(1 / self.weights.square().sum())
+        some = torch.searchsorted(
+            self.weights.cumsum(0), (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+        ).clamp(max=len(features) - 1)
+        distance = torch.nn.functional.pdist(features[some].double())
+        self.bandwidth = float(distance[distance > 0].median())
+        self.moments = Moments.of(features, self.weights)
+        self.real = None if task == "rare" else _real(CLASSES[task])
+
+    def distances(self, drawn: Drawn) -> tuple[float, float, float]:
+        """Fréchet distance to the reference, to the real test digits, and MMD² to the reference."""
+        repeated = drawn.features.repeat_interleave(drawn.counts, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numbers of draws are printed beside
+            mine = Moments.of(repeated)
+            to_reference = float(frechet(mine, self.moments, extractor=EXTRACTOR))
+            to_real = math.nan
+            if self.real is not None:
+                to_real = float(frechet(mine, self.real, extractor=EXTRACTOR))
+        value = mmd(
+            repeated, self.features, bandwidth=self.bandwidth, weights_y=self.weights,
+            extractor=EXTRACTOR,
+        )  # fmt: skip
+        return to_reference, to_real, float(value)
+
+
+def _real(classes: list[int]) -> Moments:
+    """Moments of the real test digits of some classes together."""
+    stats = zoo.reference("mnist-test")
+    n, mean, cov = (stats[f"class_{k}"][classes] for k in ("n", "mean", "cov"))
+    share = n / n.sum()
+    centre = share @ mean
+    away = mean - centre
+    within = torch.einsum("c,cij->ij", (n - 1) / (n.sum() - 1), cov)
+    between = torch.einsum("c,ci,cj->ij", n / (n.sum() - 1), away, away)
+    return Moments(centre, within + between, float(n.sum()))
+
+
+def report(bench: Bench, ladder: list[int], seeds: int) -> dict[str, Any]:
+    """Print tables of what is there; the figures of the last line."""
+    shards = sorted(bench.work.glob("pool-*.safetensors"))
+    pool = [load_file(p) for p in shards]
+    features = torch.cat([p["features"] for p in pool])
+    logits = torch.cat([p["logits"] for p in pool])
+    print(f"pool: {len(features)} independent walks; extractor {EXTRACTOR}")
+    figures: dict[str, Any] = {"pool": len(features), "extractor": EXTRACTOR, "table": []}
+    curves: dict[tuple[str, str], dict[int, float]] = {}
+    spread: dict[tuple[str, str, int], list[float]] = {}
+    for task in CLASSES:
+        reference = Reference(task, features, logits)
+        print(
+            f"\n{task}: mean exp(reward) {reference.mean_weight:.4g}, ESS of the pool "
+            f"{reference.ess:.0f}, MMD kernel RBF of h = {reference.bandwidth:.3f}, "
+            f"{DRAWS} draws (dts_star, best_of_n: the 64 best); mean ± s.e. over seeds"
+        )
+        print(
+            f"{'sampler':14s} {'nfe':>8s} {'MMD² to ref':>20s} {'Fréchet to ref':>18s} "
+            f"{'Fréchet to real':>16s} {'reward':>9s} {'distinct':>9s} {'ESS':>7s} {'ESS x_T':>8s} "
+            f"{'diversity':>9s} {'log Z':>14s} {'s':>7s} {'seeds':>5s}"
+        )
+        for name in SAMPLERS:
+            for nfe in ladder:
+                runs = [bench.drawn(task, name, nfe, s) for s in range(seeds)]
+                runs = [r for r in runs if r is not None and len(r.features) > 1]
+                if not runs:
+                    continue
+                row = _row(task, name, nfe, runs, reference)
+                figures["table"].append(row)
+                distance = "mmd" if task == "rare" else "frechet"
+                curves.setdefault((task, name), {})[nfe] = row[distance][0]
+                spread[task, name, nfe] = row[f"{distance}_seeds"]
+    top = max(ladder)
+    for group, tasks in (("common", COMMON), ("rare", ("rare",))):
+        ratios = {
+            t: statistics.mean(spread[t, "dts", top])
+            / statistics.mean(spread[t, "importance", top])
+            for t in tasks
+            if (t, "dts", top) in spread and (t, "importance", top) in spread
+        }
+        figures[f"{group}_over_importance"] = statistics.mean(ratios.values()) if ratios else None
+        figures[f"{group}_ratios"] = ratios
+    print("\nNFE factor of dts: NFE at which the other has dts's distance, over dts's NFE")
+    factors = {
+        f"{task}/{name}": _factor(curves[task, "dts"], curves[task, name])
+        for task in CLASSES
+        for name in ("importance", "smc", "dts published", "best_of_n", "unsteered")
+        if (task, "dts") in curves and (task, name) in curves
+    }
+    for pair, factor in factors.items():
+        print(f"  {pair:24s} {factor}")
+    return {**figures, "nfe_factor": factors}
+
+
+def _row(task: str, name: str, nfe: int, runs: list[Drawn], reference: Reference) -> dict[str, Any]:
+    measured = [reference.distances(r) for r in runs]
+
+    def over_seeds(values: list[float]) -> tuple[float, float]:
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return statistics.mean(values), error
+
+    share = [r.counts.double() / r.counts.sum() for r in runs]
+    reward = over_seeds(
+        [float(w @ score(task, r.logits)) for w, r in zip(share, runs, strict=True)]
+    )
+    varied = [
+        float(diversity(r.features.repeat_interleave(r.counts, 0), extractor=EXTRACTOR))
+        for r in runs
+    ]
+    fd, real, kernel = (over_seeds([m[k] for m in measured]) for k in range(3))
+    log_z = over_seeds([r.log_z for r in runs])
+    mean = {k: statistics.mean(getattr(r, k) for r in runs) for k in ("ess", "root_ess", "seconds")}
+    distinct = statistics.mean(len(r.features) for r in runs)
+    print(
+        f"{name:14s} {nfe:8d} {kernel[0]:11.3e} ±{kernel[1]:7.0e} {fd[0]:10.3f} ±{fd[1]:6.3f} "
+        f"{real[0]:16.3f} {reward[0]:9.3f} {distinct:9.0f} {mean['ess']:7.1f} "
+        f"{mean['root_ess']:8.1f} {statistics.mean(varied):9.3f} {log_z[0]:7.2f} ±{log_z[1]:5.2f} "
+        f"{mean['seconds']:7.1f} {len(runs):5d}"
+    )
+    return {
+        "task": task, "sampler": name, "nfe": nfe, "seeds": len(runs), "mmd": kernel,
+        "frechet": fd, "frechet_real": real, "reward": reward, "distinct": distinct, **mean,
+        "diversity": statistics.mean(varied), "log_z": log_z,
+        "mmd_seeds": [m[2] for m in measured], "frechet_seeds": [m[0] for m in measured],
+    }  # fmt: skip
+
+
+def _factor(mine: dict[int, float], other: dict[int, float]) -> str:
+    """NFE factor at the largest NFE, by interpolating the other's curve in logarithms."""
+    top = max(mine)
+    target = mine[top]
+    ladder = sorted(other)
+    if target <= 0 or any(other[n] <= 0 for n in ladder):
+        return "a distance is at its floor"
+    for low, high in itertools.pairwise(ladder):
+        a, b = math.log(other[low]), math.log(other[high])
+        if min(a, b) <= math.log(target) <= max(a, b) and a != b:
+            share = (a - math.log(target)) / (a - b)
+            at = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+            return f"{at / top:.2f}"
+    last = ladder[-1]
+    return f"> {last / top:.2f}" if other[last] > target else f"< {ladder[0] / top:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few minutes' worth in one")
+    parser.add_argument("--nfe", type=int, nargs="+", default=[3000, 10_000, 30_000])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pool", type=int, default=20_000)
+    parser.add_argument("--work", type=Path, default=Path("runs/even_digits"))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop starting runs after")
+    parser.add_argument("--shard", default="0/1", help="K/N: do every N-th missing run, from K")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    if args.quick:
+        args.nfe, args.seeds, args.pool = [1000], 1, 200
+        args.work = args.work.with_name(args.work.name + "-quick")
+    torch.set_num_threads(1)
+    header()
+    began = time.monotonic()
+    bench = Bench(args.work, args.device, args.pool)
+    k, n = (int(v) for v in args.shard.split("/"))
+    jobs = bench.jobs(args.nfe, args.seeds)[k::n]
+    for name, job in jobs:
+        if time.monotonic() - began > 60 * args.minutes:
+            break
+        if not bench.path(name).exists():
+            job()
+    print(f"made {len(jobs)} runs at most in {time.monotonic() - began:.0f} s")
+    finish(report(bench, sorted(args.nfe), args.seeds))
+
+
+if __name__ == "__main__":
+    main()
