@@ -2,8 +2,9 @@
 
 The pipeline is called as it is, one row at a time, and draws the noise that our chain draws. Our
 chain runs all rows in one batch, each at another step. `error` is the largest difference of two
-images; `moved` is how much the same chain differs when it is asked for something else, so that a
-small error means something. Run `python -m benchmarks.parity [--quick]`.
+images. `floor` is that of the pipeline to itself when its start is changed by one part in 10^7,
+about one rounding. `moved` is how much our chain differs when it is asked for something else, so
+that a small error means something. Run `python -m benchmarks.parity [--quick]`.
 """
 
 from __future__ import annotations
@@ -62,16 +63,19 @@ def _pixel_cases() -> list[Case]:
     v: dict[str, Any] = {"prediction_type": "v_prediction"}
     trailing: dict[str, Any] = {"timestep_spacing": "trailing"}
     large: dict[str, Any] = {"variance_type": "fixed_large"}
+    # a random network that predicts noise does not hold its chain together as a trained one does:
+    # from a schedule with little signal at its start, rounding alone would grow past any tolerance
+    mild: dict[str, Any] = {"beta_end": 0.004}
     zero_snr: dict[str, Any] = {"rescale_betas_zero_snr": True, **trailing}
     chains = [
-        ("leading, clip", "DDIM", {}, 0.0),
+        ("leading, clip", "DDIM", mild, 0.0),
         ("trailing, v, clip", "DDIM", v | trailing, 0.0),
         ("cosine, v, clip", "DDIM", v | {"beta_schedule": "squaredcos_cap_v2"}, 0.0),
         ("zero SNR, v, trailing", "DDIM", v | zero_snr, 0.0),
-        ("thresholding", "DDIM", {"thresholding": True, "sample_max_value": 2.0}, 0.0),
-        ("clip, eta .5", "DDIM", {}, 0.5),
+        ("thresholding", "DDIM", mild | {"thresholding": True, "sample_max_value": 2.0}, 0.0),
+        ("clip, eta .5", "DDIM", mild, 0.5),
         ("clip, v, eta 1", "DDIM", v, 1.0),
-        ("clip, small variance", "DDPM", {}, None),
+        ("clip, small variance", "DDPM", mild, None),
         ("v, trailing, large variance", "DDPM", v | trailing | large, None),
     ]
     plain = [
@@ -189,11 +193,18 @@ def our_images(model: Model, key: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pipeline_images(pipe: Any, options: dict[str, Any], key: Tensor, model: Model) -> Tensor:
-    """Images of `pipe` itself, one call for each condition, on the noise of our chain."""
+def pipeline_images(
+    pipe: Any, options: dict[str, Any], key: Tensor, model: Model, nudge: float = 0.0
+) -> Tensor:
+    """Images of `pipe` itself, one call for each key, on the noise of our chain.
+
+    `nudge` is what its start is changed by, relatively.
+    """
     images = []
     shape = model.process.prior(key).shape[1:]
-    for row, prompt in enumerate(model.prompts):
+    for k in range(len(key)):
+        row = k % len(model.prompts)
+        prompt = model.prompts[row]
         call = {
             "num_inference_steps": options["steps"],
             "output_type": "pt",
@@ -202,24 +213,24 @@ def pipeline_images(pipe: Any, options: dict[str, Any], key: Tensor, model: Mode
         scale = options.get("guidance_scale")
         scale = scale[row] if isinstance(scale, list) else scale
         negative = options["negative_prompts"][row] if "negative_prompts" in options else None
-        one = key[row : row + 1]
+        one = key[k : k + 1]
         if "prompt" in inspect.signature(pipe.__call__).parameters:
             call |= {"prompt": prompt, "negative_prompt": negative, "guidance_scale": scale}
-            call["latents"] = noise.normal(one, shape)
+            call["latents"] = (1 + nudge) * noise.normal(one, shape)
         if "eta" not in inspect.signature(pipe.__call__).parameters:
             call.pop("eta", None)
-        with _drawing(pipe, one), _labelled(pipe, prompt, negative, scale):
+        with _drawing(pipe, one, nudge), _labelled(pipe, prompt, negative, scale):
             images.append(pipe(**call).images)
     return torch.cat(images)
 
 
 @contextmanager
-def _drawing(pipe: Any, key: Tensor) -> Iterator[None]:
+def _drawing(pipe: Any, key: Tensor, nudge: float) -> Iterator[None]:
     """The pipeline's start and its scheduler's k-th draw are those of our chain under `key`."""
     draws = iter(range(10**6))
 
     def start(shape: tuple[int, ...], **_: Any) -> Tensor:
-        return noise.normal(key, shape[1:])
+        return (1 + nudge) * noise.normal(key, shape[1:])
 
     def step(shape: tuple[int, ...], **_: Any) -> Tensor:
         return noise.normal(noise.child_key(key, next(draws)), shape[1:])
@@ -256,19 +267,25 @@ def _labelled(pipe: Any, label: Any, null: Any, scale: Any) -> Iterator[None]:
         yield
 
 
-def compare(case: Case, steps: int, seed: int) -> tuple[float, dict[str, float]]:
-    """The largest difference to the pipeline, and that to each other request."""
+@dataclass(frozen=True)
+class Comparison:
+    """Largest differences of images; see the module."""
+
+    error: float
+    floor: float
+    moved: dict[str, float]  # by request, the smallest over rows
+
+
+def compare(case: Case, steps: int, seed: int) -> Comparison:
+    """Our chain against the pipeline, the pipeline against itself, our chain against others."""
     options = {"steps": steps, **case.options}
     pipe = case.pipe()
     model = from_pipeline(pipe, **options)
     # two items even of an unconditional model, so that mixed steps are met
     key = noise.root_key(seed, torch.arange(max(2, len(model.prompts))))
     images = our_images(model, key)
-    if len(model.prompts) == 1:
-        theirs = [pipeline_images(pipe, options, one, model) for one in key.split(1)]
-        expected = torch.cat(theirs)
-    else:
-        expected = pipeline_images(pipe, options, key, model)
+    theirs = pipeline_images(pipe, options, key, model)
+    nudged = pipeline_images(pipe, options, key, model, nudge=1e-7)
     moved = {}
     for name, other in case.others.items():
         others = our_images(from_pipeline(case.pipe(), **{**options, **other}), key)
@@ -276,7 +293,9 @@ def compare(case: Case, steps: int, seed: int) -> tuple[float, dict[str, float]]
         high, wide = min(images.shape[2], others.shape[2]), min(images.shape[3], others.shape[3])
         difference = images[..., :high, :wide] - others[..., :high, :wide]
         moved[name] = difference.abs().flatten(1).max(1).values.min().item()
-    return (images - expected).abs().max().item(), moved
+    return Comparison(
+        (images - theirs).abs().max().item(), (theirs - nudged).abs().max().item(), moved
+    )
 
 
 def main() -> None:
@@ -288,30 +307,30 @@ def main() -> None:
     header()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
-    print(f"{steps} steps (students 4), seeds {seeds}; images in [0, 1]")
-    print(f"{'case':<46} {'error':>8}  moved (smallest over rows and seeds)")
+    print(f"{steps} steps (students 4), seeds {seeds}; images in [0, 1]; error: min..max of seeds")
+    print(f"{'case':<54} {'error':>16} {'floor':>8}  moved (min of rows and seeds)")
     errors, ratio = {}, float("inf")
     for case in cases():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers on old configurations
             found = [compare(case, steps, seed) for seed in seeds]
-        error = max(error for error, _ in found)
-        moved = {name: min(moves[name] for _, moves in found) for name in case.others}
-        if moved:
-            ratio = min(ratio, min(moved.values()) / max(error, 1e-12))
-        errors[case.name] = error
+        low, high = min(one.error for one in found), max(one.error for one in found)
+        floor = max(one.floor for one in found)
+        moved = {name: min(one.moved[name] for one in found) for name in case.others}
+        errors[case.name] = high
+        ratio = min(ratio, min(moved.values()) / max(high, 1e-12))
         notes = ", ".join(f"{name} {value:.3f}" for name, value in moved.items())
-        print(f"{case.name:<46} {error:8.1e}  {notes}", flush=True)
-    families = {
-        family: max(e for name, e in errors.items() if name.startswith(f"{family}:"))
-        for family in ("pixels", "Stable Diffusion", "Stable Diffusion 3")
-    }
+        print(f"{case.name:<54} {low:7.1e}..{high:.1e} {floor:8.1e}  {notes}", flush=True)
+    families = sorted({name.partition(":")[0] for name in errors})
     finish(
         {
             "max_error": max(errors.values()),
             "tolerance": TOLERANCE,
             "smallest_move_over_error": ratio,
-            "families": families,
+            "families": {
+                family: max(e for name, e in errors.items() if name.startswith(f"{family}:"))
+                for family in families
+            },
             "cases": errors,
             "steps": steps,
             "seeds": seeds,

@@ -24,6 +24,8 @@ class Request:
     guidance_scale: float | tuple[float, ...] | None
 
     def __post_init__(self) -> None:
+        if self.eta is not None and not isinstance(self.eta, (int, float)):
+            raise ValueError(f"eta={self.eta!r} is no number: give one from 0 to 1, or None.")
         for name in ("height", "width"):
             size = getattr(self, name)
             if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
