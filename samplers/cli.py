@@ -57,7 +57,7 @@ def _sample(given: argparse.Namespace) -> int:
     also = [parse_reward(text, given.device) for text in given.also]
     if given.nfe is None and given.reward_calls is None and given.seconds is None:
         raise ValueError("no budget: give --nfe, --reward-calls or --seconds.")
-    pipe = _pipeline(given.model, given.device, given.dtype)
+    pipe = _pipeline(given.model, given.device, given.dtype, given.quiet)
     asked = {
         "prompts": _prompts("--prompt", given.prompt, pipe),
         "negative_prompts": _prompts("--negative-prompt", given.negative_prompt, pipe),
@@ -98,12 +98,16 @@ def _sample(given: argparse.Namespace) -> int:
     return 0
 
 
-def _pipeline(name: str, device: str, dtype: str | None) -> Any:
+def _pipeline(name: str, device: str, dtype: str | None, quiet: bool) -> Any:
     kind = None if dtype is None else getattr(torch, dtype)
     if name.startswith("zoo:"):
+        torch.set_num_threads(1)  # small networks: threads would only wait for each other
         return zoo.load(name.removeprefix("zoo:"), dtype=kind, device=device)
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from diffusers.utils import logging
 
+    if quiet:
+        logging.disable_progress_bar()
     pipe = DiffusionPipeline.from_pretrained(name, use_safetensors=True, torch_dtype=kind)
     return pipe.to(device)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 import samplers
 from samplers.result import Result
 from samplers.view.curve import curve
@@ -26,6 +28,7 @@ def run(out: Path, *, seed: int, nfe: int) -> dict[str, Result]:
     least = _STEPS * _DRAWS
     if nfe < least:
         raise ValueError(f"--nfe {nfe}: the demo draws {_DRAWS} images, give at least {least}.")
+    torch.set_num_threads(1)  # a small network: threads would only wait for each other
     out.mkdir(parents=True, exist_ok=True)
     model = from_pipeline(zoo.load("mnist"), steps=_STEPS)
     classifier = zoo.load("mnist-classifier")

@@ -1,0 +1,183 @@
+"""The `steer` command: what it writes, and one line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from samplers import TreeSampling, cli, load
+from samplers.words import parse_reward, parse_sampler
+from search.widen import Widening
+from steering import from_pipeline, zoo
+from steering.rewards import Classifier, Jpeg, Sum
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["sample", "--model", "zoo:mnist", "--steps", "4", "--nfe", "64", "--quiet"]
+OWN = """
+from steering.rewards import from_pil
+
+def bright(images, prompts):
+    return images.mean((1, 2, 3))
+
+@from_pil
+def wide(images):
+    return [float(image.width) for image in images]
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with a reward module in it, as a user would have."""
+    (tmp_path / "my_rewards.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("my_rewards", None)
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line that a mistake gets."""
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("steer: ")
+    return lines[0]
+
+
+def test_sample_writes_pictures_an_account_and_the_record(own):
+    out = own / "out"
+    asked = ["--reward", "jpeg", "--also", "my_rewards:bright", "--draws", "5", "--seed", "3"]
+    assert cli.main([*SMALL, *asked, "--out", str(out)]) == 0
+    account = json.loads((out / "result.json").read_text())
+    assert account["settings"]["seed"] == 3
+    assert account["status"] == "done"
+    assert account["spent"]["rows"][0] <= 64
+    draws = account["draws"]
+    assert sum(draws["counts"]) == 5
+    assert len(draws["also: bright"]) == len(draws["rewards"]) == account["distinct"]
+    assert len(list((out / "images").iterdir())) == account["distinct"]
+    for name in ("grid.png", "tree.png", "curve.png"):
+        assert Image.open(out / name).size[0] >= 72
+    model = from_pipeline(zoo.load("mnist"), steps=4)
+    again = load(out / "record", model, Jpeg(), draws=5)
+    assert again.rewards.tolist() == draws["rewards"]
+    assert Image.open(out / "images" / "0000.png").tobytes() == again.images[0].tobytes()
+
+
+def test_sample_asked_again_answers_from_its_record(own, capsys):
+    asked = [*SMALL, "--reward", "jpeg", "--out", "out"]
+    assert cli.main(asked) == 0
+    first = json.loads(Path("out/result.json").read_text())
+    assert cli.main(asked) == 0
+    again = json.loads(Path("out/result.json").read_text())
+    assert again["draws"] == first["draws"]
+    assert again["spent"]["calls"] == 0 < first["spent"]["calls"]
+    assert "out/record" in fails(capsys, *asked, "--seed", "1")
+
+
+@pytest.mark.slow
+def test_demo_writes_its_pictures_and_a_table(tmp_path, capsys):
+    assert cli.main(["demo", "--out", str(tmp_path / "demo"), "--nfe", "800"]) == 0
+    printed = capsys.readouterr()
+    for word in ("plain draws", "importance", "DTS", "DTS*", "mean reward", "tree.png"):
+        assert word in printed.out
+    for name in ("plain", "importance", "dts", "dts_star", "tree", "curve"):
+        assert Image.open(tmp_path / "demo" / f"{name}.png").size[0] >= 72
+    account = json.loads((tmp_path / "demo" / "result.json").read_text())
+    mean = {k: sum(v["draws"]["rewards"]) / v["distinct"] for k, v in account.items()}
+    # best of 32 against 32 plain draws of a model that draws odd digits half of the time
+    assert mean["dts_star"] > mean["plain"]
+    assert all(run["nfe"] <= 800 for run in account.values())
+
+
+def test_samplers_are_read_from_words():
+    words = ["dts", "law=published", "branch=(1,5)", "parallel=8", "widening=2,.8"]
+    assert parse_sampler(words) == TreeSampling(
+        law="published", branch=(1, 5), parallel=8, widening=Widening(2, 0.8)
+    )
+
+
+def test_rewards_are_read_from_words(own):
+    assert parse_reward("jpeg:50", "cpu") == Jpeg(50)
+    total = parse_reward("0.7*classifier:4,9 + -1e-1*my_rewards:wide+jpeg", "cpu")
+    assert isinstance(total, Sum)
+    assert [weight for weight, _ in total.terms] == [0.7, -0.1, 1.0]
+    assert isinstance(total.terms[0][1], Classifier)
+    assert parse_reward("pair:4,9", "cpu").name == "2*min(log p(4), log p(9))"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ([], "COMMAND"),
+        (["draw"], "draw"),
+        (["sample", "--model", "zoo:mnist"], "--reward"),
+        (["demo", "--nfe", "10"], "--nfe 10"),
+        (["demo", "--nfe", "many"], "--nfe"),
+        ([*SMALL, "--reward", "beauty"], "beauty"),
+        ([*SMALL, "--reward", "classifier:12"], "12"),
+        ([*SMALL, "--reward", "classifier:"], "classifier"),
+        ([*SMALL, "--reward", "classifier:a"], "classifier:a"),
+        ([*SMALL, "--reward", "pair:4"], "pair"),
+        ([*SMALL, "--reward", "jpeg:200"], "quality"),
+        ([*SMALL, "--reward", "x*jpeg"], "x*jpeg"),
+        ([*SMALL, "--reward", "no_such_module:f"], "no_such_module"),
+        ([*SMALL, "--reward", "my_rewards:f"], "has no function f"),
+        ([*SMALL, "--reward", "my_rewards:number"], "has no function number"),
+        ([*SMALL, "--reward", "jpeg", "--also", "beauty"], "beauty"),
+        ([*SMALL, "--reward", "jpeg", "--sampler", "mcts"], "mcts"),
+        ([*SMALL, "--reward", "jpeg", "--sampler", "dts", "depth=3"], "depth=3"),
+        ([*SMALL, "--reward", "jpeg", "--sampler", "dts", "parallel"], "KEY=VALUE"),
+        ([*SMALL, "--reward", "jpeg", "--sampler", "dts", "law=exact"], "law"),
+        ([*SMALL, "--reward", "jpeg", "--sampler", "dts", "widening=3"], "widening"),
+        ([*SMALL, "--reward", "jpeg", "--prompt", "a cat"], "--prompt"),
+        ([*SMALL, "--reward", "jpeg", "--prompt", "3"], "unconditional"),
+        ([*SMALL, "--reward", "jpeg", "--device", "abacus"], "--device abacus"),
+        ([*SMALL, "--reward", "jpeg", "--eta", "0", "--sampler", "dts", "branch=(2,)"], "branch"),
+        ([*SMALL, "--reward", "jpeg", "--lam", "1", "--kl", "1"], "kl"),
+        ([*SMALL, "--reward", "jpeg", "--nfe", "1"], "nfe"),
+        (["sample", "--model", "zoo:mnist", "--reward", "jpeg"], "--nfe"),
+        (["sample", "--model", "zoo:sd", "--reward", "jpeg", "--nfe", "9"], "sd"),
+        (["sample", "--model", "./no/folder", "--reward", "jpeg", "--nfe", "9"], "no/folder"),
+    ],
+)
+def test_a_mistake_gets_one_line(own, capsys, arguments, names):
+    assert names in fails(capsys, *arguments)
+    assert not Path("runs").exists()
+
+
+def test_a_pipeline_folder_is_steered_in_silence(tmp_path):
+    zoo.load("mnist").save_pretrained(tmp_path / "pipe")
+    asked = ["--reward", "jpeg", "--steps", "4", "--nfe", "16", "--sampler", "importance"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "samplers.cli", "sample", "--model", "pipe", *asked, "--quiet"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == ""
+    assert ran.stderr == ""
+    assert (tmp_path / "runs/steer/grid.png").exists()
+    assert not (tmp_path / "runs/steer/tree.png").exists()
+
+
+def test_help_names_every_sampler_and_its_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("ancestral", "best-of-n", "importance", "smc", "dts", "dts-star", "law=path"):
+        assert word in text
