@@ -18,28 +18,32 @@ from torch import Tensor
 
 from samplers.core import Plan
 from samplers.walks import affordable, check_count
+from search.widen import Widening
 
 Branch = Literal["auto", "even"] | tuple[int, ...]
 
 LEVELS = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88)  # share of the way where pilot walks plant a node
-SIBLINGS = (0.4, 0.7)  # where some of them get a sibling
-USUAL = {0.4: 0.3, 0.7: 0.75}  # agreement on images, worth `PRIOR_PAIRS` pairs
-PRIOR_PAIRS = 4
+USUAL = {0.55: 0.5, 0.8: 0.93}  # where walks get a sibling, and how far those usually agree
+PRIOR_PAIRS = 4  # what is usual counts as so many pairs
+DECIDING = (0.45, 0.985)  # branching pays where siblings agree as far as this
 COMMON = 0.1  # effective share of independent walks above which trees do not pay
 
 
 EVEN = (0.0, 0.2, 0.4, 0.6, 0.8)  # the paper's
 
 
-def effective_share(reward: Tensor, lam: float) -> float:
-    """(Σ w)² / (K Σ w²), w = exp(λ r): 1 for a constant reward, 1/K where one walk has it all.
+def common(reward: Tensor, lam: float) -> bool:
+    """Is the effective number of K walks, (Σ w)² / Σ w² with w = exp(λ r), above K / 10, and 2?
 
     Args:
         reward: [K] float64 rewards of independent walks, finite.
         lam: λ.
     """
+    if not len(reward):
+        return True
     log_w = lam * (reward - reward.max())
-    return float((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()) / len(reward)
+    effective = float((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp())
+    return effective > max(COMMON * len(reward), 2)
 
 
 def agreement(walks: Sequence[float], pairs: Sequence[tuple[float, float]], usual: float) -> float:
@@ -66,7 +70,7 @@ def agreement(walks: Sequence[float], pairs: Sequence[tuple[float, float]], usua
 
 
 def chosen(planted: Sequence[int], steps: int, agree: dict[float, float]) -> tuple[int, ...]:
-    """Those of the planted steps where siblings begin to agree: agreement in (.2, .97).
+    """Those of the planted steps where siblings begin to agree, `DECIDING`.
 
     Args:
         planted: step indices of the pilot's nodes.
@@ -86,10 +90,12 @@ def chosen(planted: Sequence[int], steps: int, agree: dict[float, float]) -> tup
         inside = (share - shares[k]) / (shares[k + 1] - shares[k])
         return values[k] + inside * (values[k + 1] - values[k])
 
-    return tuple(i for i in planted if 0.2 < at(i / steps) < 0.97)
+    return tuple(i for i in planted if DECIDING[0] < at(i / steps) < DECIDING[1])
 
 
-def check(branch: Branch, parallel: int | None, pilot: int | None) -> None:
+def check(
+    branch: Branch, widening: Widening | None, parallel: int | None, pilot: int | None
+) -> None:
     """Refuse tree options that fit no chain.
 
     Raises:
@@ -100,6 +106,8 @@ def check(branch: Branch, parallel: int | None, pilot: int | None) -> None:
             raise ValueError(f'branch={branch!r} is unknown: give "auto", "even" or step indices.')
     elif not isinstance(branch, tuple) or not all(type(i) is int for i in branch):
         raise ValueError(f'branch={branch!r}: give "auto", "even" or a tuple of step indices.')
+    if widening is not None and not isinstance(widening, Widening):
+        raise ValueError(f"widening={widening!r}: give search.widen.Widening(c, alpha), or None.")
     check_count("parallel", parallel)
     check_count("pilot", pilot, least=0)
 

@@ -257,16 +257,13 @@ class Growth:
         """The pilot's walks have landed: stay flat, or ask for siblings."""
         arena, steps = grown.arena, self.plan.steps
         rewards = torch.tensor([arena.reward[leaf] for leaf in arena.leaves], dtype=torch.float64)
-        common = branching.COMMON < (
-            branching.effective_share(rewards, self.plan.lam) if len(rewards) else 1.0
-        )
-        if common and self.habit.flat_if_common:
+        if self.habit.flat_if_common and branching.common(rewards, self.plan.lam):
             self._settle(grown, ())
             return
         shown = len(arena.shown[0])
         each = -(-shown // 2)
         grown.siblings = [
-            (share, (k * shown) // each) for share in branching.SIBLINGS for k in range(each)
+            (share, (k * shown) // each) for share in branching.USUAL for k in range(each)
             if round(share * steps) in grown.levels
         ]  # fmt: skip
 
@@ -289,8 +286,8 @@ class Growth:
         arena = grown.arena
         walks = [arena.reward[leaf] for leaf in arena.leaves]
         agree = {
-            share: branching.agreement(walks, grown.pairs.get(share, ()), branching.USUAL[share])
-            for share in branching.SIBLINGS
+            share: branching.agreement(walks, grown.pairs.get(share, ()), usual)
+            for share, usual in branching.USUAL.items()
         }
         self._settle(grown, branching.chosen(grown.levels, self.plan.steps, agree))
 

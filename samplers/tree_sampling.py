@@ -34,9 +34,10 @@ class TreeSampling:
     exp(λ reward + log weight + Σ log_ratio). At λ = 0 selection is uniform.
 
     With branch="auto" the first rollouts are a pilot, whose leaves count like all others: `pilot`
-    independent walks. If exp(λ reward) is common among them (effective share above .1) the tree
-    stays flat: nothing beats independent walks there. If it is rare, half as many siblings at .4
-    and .7 of the way measure where rewards begin to agree, and the tree branches there.
+    independent walks. If exp(λ reward) is common among them (their effective number is above a
+    tenth of them, and above 2) the tree stays flat: nothing beats independent walks there. If it is
+    rare, half as many siblings each at .55 and .8 of the way measure how far rewards agree from
+    there on, and the tree branches at those of six late steps where they begin to.
 
     Args:
         law: "path", the law above; "published", the paper's: ε = 0, β = 1, no path weights. Biased
@@ -62,7 +63,7 @@ class TreeSampling:
     def __post_init__(self) -> None:
         if self.law not in LAWS:
             raise ValueError(f"law={self.law!r} is unknown: give one of {', '.join(LAWS)}.")
-        check(self.branch, self.parallel, self.pilot)
+        check(self.branch, self.widening, self.parallel, self.pilot)
 
     def init(self, plan: Plan) -> Growth:
         published = self.law == "published"

@@ -65,7 +65,7 @@ class TreeSearch:
             raise ValueError(f'value={self.value!r} is unknown: give "rollout" or "clean".')
         if not 0 <= self.c_uct < float("inf"):
             raise ValueError(f"c_uct={self.c_uct!r}: give standard deviations, 0 or more.")
-        check(self.branch, self.parallel, self.pilot)
+        check(self.branch, self.widening, self.parallel, self.pilot)
 
     def init(self, plan: Plan) -> Growth:
         soft = backup.log_mean_exp if plan.lam else backup.mean

@@ -44,7 +44,8 @@ class FakeEngine:
         room: walks asked for at most per call.
         shuffle: seed of a random order of answers, told in random parts; None answers in order.
         fails: id -> does the leg fail?
-        drift: log p - log q per step, to play a guided proposal.
+        drift: added to log p - log q at every step, to play a guided proposal.
+        push: a guided proposal indeed: the mean of every step, with its log p - log q.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class FakeEngine:
     shuffle: int | None = None
     fails: Callable[[int], bool] = lambda id: False
     drift: float = 0.0
+    push: float = 0.0
     state: dict[int, tuple[int, float]] = field(default_factory=dict)  # handle -> (step, x)
     spent: Tensor = field(init=False)  # [R] rows
     scored: Tensor = field(init=False)  # [R] reward calls
@@ -98,35 +100,45 @@ class FakeEngine:
     def walk(self, asked: Rollouts) -> list[tuple[int, float, float, bool]]:
         """(id, reward, log_ratio, failed) of each leg, in the order of asking."""
         answers = []
-        prior = normal(asked.key, ()).double()
-        steps = torch.arange(self.plan.steps)
-        noise = torch.stack([normal(child_key(asked.key, int(i)), ()) for i in steps], 1).double()
+        n, steps = len(asked), self.plan.steps
+        keys = child_key(asked.key.repeat_interleave(steps), torch.arange(steps).repeat(n))
+        move = self.sd[1:] * normal(keys, ()).double().view(n, steps) + self.push
+        # N(s z + m; 0, s²) against N(s z; 0, s²)
+        ratio = self.drift - (
+            self.push * (move - self.push / 2) / self.sd[1:] ** 2 if self.push else 0
+        )
+        zero = torch.zeros(n, 1, dtype=torch.float64)
+        moved = torch.cat([zero, move.cumsum(1)], 1).tolist()
+        ratios = torch.cat([zero, (ratio + zero).expand(n, steps).cumsum(1)], 1).tolist()
+        prior = (self.sd[0] * normal(asked.key, ()).double()).tolist()
+        columns = (asked.src, asked.start, asked.stop, asked.row, asked.score)
+        src, start_, stop_, row_, score = (column.tolist() for column in columns)
         for n, id in enumerate(asked.id.tolist()):
             assert id not in self.state, f"handle {id} was used twice"
-            start, stop, row = int(asked.start[n]), int(asked.stop[n]), int(asked.row[n])
-            assert 0 <= start <= stop <= self.plan.steps
-            if int(asked.src[n]) == PRIOR:
+            start, stop, row = start_[n], stop_[n], row_[n]
+            assert 0 <= start <= stop <= steps
+            if src[n] == PRIOR:
                 assert start == 0
-                x = float(self.sd[0] * prior[n])
+                x = prior[n]
             else:
-                at, x = self.state[int(asked.src[n])]
+                at, x = self.state[src[n]]
                 assert at == start, "a walk starts where its source was kept"
-            x += float((self.sd[1 + start : 1 + stop] * noise[n, start:stop]).sum())
+            x += moved[n][stop] - moved[n][start]
             cost = self.plan.way(row, start, stop)
-            if int(asked.src[n]) in self.looked and self.plan.reuses and stop > start:
+            if src[n] in self.looked and self.plan.reuses and stop > start:
                 cost -= int(self.plan.look[row, start])
-                self.looked.discard(int(asked.src[n]))
+                self.looked.discard(src[n])
             failed, reward = self.fails(id), torch.nan
-            if asked.score[n]:
+            if score[n]:
                 self.scored[row] += 1
                 reward = float(self.reward(torch.tensor([x], dtype=torch.float64))[0])
                 failed = failed or not abs(reward) < torch.inf
-                if stop < self.plan.steps:
+                if stop < steps:
                     cost += int(self.plan.look[row, stop])
                     self.looked.add(id)
             self.spent[row] += cost
             self.state[id] = (stop, x)
-            answers.append((id, reward, self.drift * (stop - start), failed))
+            answers.append((id, reward, ratios[n][stop] - ratios[n][start], failed))
         for handle in asked.drop.tolist():
             self.state.pop(handle, None)
         return answers
