@@ -1,0 +1,93 @@
+"""Do samplers draw from the law they claim? A chain of three steps on nine states, enumerated.
+
+Two sites of three tokens; each step keeps a token, takes a guessed one or a random one, and the
+guesses are tables that tie the sites together. One condition is one independent repetition, weighed
+by its own Ẑ; z = (estimate - truth) / standard error over repetitions, for Ẑ / Z and for the
+probability of every state. Tree sampling with path weights is not exactly unbiased (how many
+children a node has may depend on their values), so its figures stand apart.
+
+    python -m benchmarks.finite_chain [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import finish, header
+from samplers import SMC, Importance, TreeSampling, sample
+from tests.exact import FiniteChain, finite_chain
+from tests.exact.estimates import average, ratio
+
+TABLE = torch.linspace(-1, 2, 6, dtype=torch.float64).view(2, 3)
+
+
+def reward(items: Tensor, _: object) -> Tensor:
+    """Of token probabilities [N, 2, 3]: a sum over sites and one pair."""
+    return (items * TABLE).sum((1, 2)) + 1.5 * items[:, 0, 0] * items[:, 1, 1]
+
+
+def scores(sampler, repeats: int, nfe: int | None = None) -> tuple[list[float], float]:
+    """z of Ẑ / Z and of every state's probability; the largest standard error."""
+    model = finite_chain(conditions=repeats)
+    chain = model.process
+    assert isinstance(chain, FiniteChain)
+    log_w = chain.law().log() + reward(model.decode(chain.states()), None)
+    posterior, log_z = log_w.softmax(0), log_w.logsumexp(0)
+    began = time.process_time()
+    result = sample(model, reward, sampler, batch=4096, progress=False, nfe=nfe)
+    z = (result.log_z - log_z).exp()
+    state = chain.index(result.items.argmax(-1))
+    share = torch.zeros(repeats, len(posterior), dtype=torch.float64)
+    share.index_put_((result.rows, state), result.weights, accumulate=True)
+    found = [(average(z), 1.0)]
+    found += [(ratio(z * share[:, s], z), float(p)) for s, p in enumerate(posterior)]
+    values = [(estimate - truth) / error for (estimate, error), truth in found]
+    (estimate, error), _ = found[0]
+    print(
+        f"{sampler!s:110}\n    Z/Z {estimate:.4f} ± {error:.4f}  z "
+        + " ".join(f"{v:+.2f}" for v in values)
+        + f"  ({time.process_time() - began:.0f} s)",
+        flush=True,
+    )
+    return values, max(e for (_, e), _ in found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small numbers, under a minute")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    header()
+    print("noise seed 0; every repetition has its own keys\n")
+    repeats, k = (100, 40) if quick else (1000, 100)
+    values, errors = [], []
+    samplers = [Importance(k)]
+    samplers += [
+        SMC(k, potential, levels=(1, 2), ess=ess)
+        for potential in ("difference", "max", "add")
+        for ess in (0.7, 1.0)
+    ]
+    for sampler in samplers:
+        z, error = scores(sampler, repeats)
+        values += z
+        errors.append(error)
+    tree, _ = scores(TreeSampling(branch=(1, 2)), repeats, nfe=3 * k)
+    published, _ = scores(TreeSampling(law="published", branch=(1, 2)), repeats, nfe=3 * k)
+    print(f"\n{len(values)} comparisons of unbiased estimates")
+    finish(
+        {
+            "max_z": max(abs(v) for v in values),
+            "comparisons": len(values),
+            "largest_error": max(errors),
+            "dts_path_max_z": max(abs(v) for v in tree),
+            "dts_published_max_z": max(abs(v) for v in published),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""How wrong is the value of a state on its way? Tweedie's guess, one rollout, and the tree's own.
+
+The soft value V(x_t) = (1/λ) log E[exp(λ reward(x_0)) | x_t] is what steering needs. At nodes of a
+grown tree, picked in proportion to their visits (as a rollout meets them), three estimates are held
+against it: the reward of the clean guess E[x_0 | x_t], the reward of one rollout from x_t, and the
+value that the tree itself carries, by path weights and by the published rule. The truth is the
+log-mean-exp over many independent rollouts from the same state. Claim of Diffusion Tree Sampling
+(arXiv 2506.20701, section 5.1): trees have next to no bias at any step.
+
+    python -m benchmarks.value_bias [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections import defaultdict
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import finish, header
+from samplers import TreeSampling, sample
+from search.resample import systematic
+from steering.core import Model
+from steering.noise import child_key, root_key
+from tests.exact import Checkerboard, Modes, planar_chain
+from tests.exact.estimates import average
+
+STEPS = 50
+Density = Modes | Checkerboard
+Law = Literal["path", "published"]
+LAWS: tuple[Law, ...] = ("path", "published")
+
+
+def walk(model: Model, x: Tensor, start: int, key: Tensor) -> Tensor:
+    """States [N, *D] at step `start` walked to the data."""
+    row = torch.zeros(len(x), dtype=torch.int64)
+    for step in range(start, STEPS):
+        i = torch.full((len(x),), step)
+        clean = model.denoiser(x, model.process.time(i), row)
+        x = model.process.transition(x, i, clean).sample(child_key(key, i))
+    return x
+
+
+def compare(
+    density: Density, law: Law, nfe: int, trees: int, nodes: int, rollouts: int
+) -> list[dict]:
+    """Errors per step: one row per step and estimate."""
+    model = planar_chain(density, STEPS, conditions=trees)
+    sampler = TreeSampling(branch="even", law=law)
+    result = sample(model, density.reward, sampler, nfe=nfe, batch=4096, progress=False)
+    tree = result.tree
+    assert tree is not None
+    rows = []
+    for step in sorted({int(s) for s in tree.step.unique() if 0 <= s < STEPS}):
+        errors: dict[str, list[Tensor]] = defaultdict(list)
+        spread: list[Tensor] = []
+        count: list[Tensor] = []  # of each node: how often it was picked
+        for r in range(trees):
+            here = ((tree.row == r) & (tree.step == step) & tree.value.isfinite()).nonzero()[:, 0]
+            u = torch.full((min(nodes, len(here)),), 0.5, dtype=torch.float64)
+            picked = here[systematic(tree.visits[here].double().log(), u)]
+            picked, times = picked.unique(return_counts=True)
+            count.append(times.double())
+            x = result.states(tree.handle[picked])
+            key = child_key(root_key(1, picked), step).repeat_interleave(rollouts)
+            key = child_key(key, torch.arange(rollouts).repeat(len(picked)))
+            end = walk(model, x.repeat_interleave(rollouts, 0), step, key)
+            reward = density.reward(end).view(len(picked), rollouts)
+            truth = reward.logsumexp(1) - math.log(rollouts)
+            i = torch.full((len(x),), step)
+            clean = model.denoiser(x, model.process.time(i), torch.zeros_like(i))
+            errors["Tweedie"].append(density.reward(clean) - truth)
+            errors["one rollout"].append(reward.mean(1) - truth)
+            spread.append(reward.var(1))
+            errors[f"tree, {law}"].append(tree.value[picked] - truth)
+        weight = torch.cat(count) / torch.cat(count).sum()
+        for name, parts in errors.items():
+            error = torch.cat(parts)
+            bias = float(weight @ error)
+            variance = float(weight @ (error - bias) ** 2)
+            if name == "one rollout":
+                variance += float(weight @ torch.cat(spread))
+            # nodes of one tree hang together: the standard error is over trees
+            by_tree = [c @ part / c.sum() for c, part in zip(count, parts, strict=True)]
+            standard_error = average(torch.stack(by_tree))[1]
+            rows.append({"step": step, "name": name, "bias": bias, "variance": variance})
+            print(
+                f"  step {step:3} of {STEPS}  {name:16} bias {bias:+.3f} ± {standard_error:.3f}  "
+                f"variance {variance:.3f}  ({len(error)} nodes)",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small numbers, under a minute")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    header()
+    nfe, trees, nodes, rollouts = (4_000, 3, 6, 100) if quick else (100_000, 6, 24, 300)
+    print(
+        f"T = {STEPS}, lam = 1, {nfe} network rows per tree, {trees} trees, up to {nodes} nodes a "
+        f"step and tree, truth from {rollouts} rollouts each; noise seeds 0 (trees), 1 (truth)"
+    )
+    figures = {}
+    densities = {"modes": Modes(), "checkerboard": Checkerboard()}
+    for name, density in densities.items():
+        for law in LAWS:
+            began = time.process_time()
+            print(f"\n{name}, tree grown by the {law} rule")
+            rows = compare(density, law, nfe, trees, nodes, rollouts)
+            print(f"  ({time.process_time() - began:.0f} s)")
+            for kind in ("Tweedie", "one rollout", f"tree, {law}"):
+                if law == "published" and not kind.startswith("tree"):
+                    continue
+                worst = max((abs(r["bias"]) for r in rows if r["name"] == kind), default=None)
+                figures[f"{name}, {kind}"] = worst
+    print("\nlargest |bias| over steps:")
+    for name, worst in figures.items():
+        print(f"  {name:30} {worst:.3f}")
+    finish({"largest_bias": figures})
+
+
+if __name__ == "__main__":
+    main()
