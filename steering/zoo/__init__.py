@@ -1,0 +1,101 @@
+"""The built-in checkpoints: small, shipped with the package, each beside the script that made it.
+
+`load` needs no network; `reference` gives feature statistics of real images without the images.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, cast, overload
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from steering.models.classifier import Classifier
+
+__all__ = ["load", "mnist_slice", "names", "reference"]
+
+_HERE = Path(__file__).parent
+_REFERENCES = ("mnist-test", "mnist-train")
+
+
+def names() -> tuple[str, ...]:
+    """What `load` knows."""
+    return tuple(_LOADERS)
+
+
+@overload
+def load(
+    name: Literal["mnist-classifier"],
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> Classifier: ...
+@overload
+def load(
+    name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Any: ...
+def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Any:
+    """A built-in checkpoint, in evaluation mode and without gradients on its weights.
+
+    Args:
+        name: "mnist", an unconditional `DDIMPipeline` of images [N,1,28,28] in [-1,1]; or
+            "mnist-classifier", a `Classifier` of images [N,1,28,28] in [0,1].
+        dtype: of the weights; None keeps the stored one, float32.
+        device: where the weights go.
+
+    Raises:
+        ValueError: no checkpoint has this name.
+    """
+    if name not in _LOADERS:
+        raise ValueError(f"name={name!r} is no built-in checkpoint: there are {', '.join(names())}")
+    return _LOADERS[name](dtype, device)
+
+
+def reference(name: str) -> dict[str, Tensor]:
+    """Statistics of real images in the features of "mnist-classifier", in float64.
+
+    mean [d], cov [d,d] (unbiased), n []; class_mean [10,d], class_cov [10,d,d], class_n [10].
+
+    Args:
+        name: "mnist-test" (10,000 images) or "mnist-train" (60,000 images).
+
+    Raises:
+        ValueError: no statistics have this name.
+    """
+    if name not in _REFERENCES:
+        raise ValueError(f"name={name!r} is no reference: there are {', '.join(_REFERENCES)}")
+    part = name.removeprefix("mnist-")
+    return load_file(_HERE / "mnist-classifier" / f"{part}_stats.safetensors")
+
+
+def mnist_slice() -> tuple[Tensor, Tensor]:
+    """Images [250,28,28] uint8 and labels [250] uint8: the first 25 test images of each class."""
+    arrays = load_file(_HERE / "mnist_slice.safetensors")
+    return arrays["images"], arrays["labels"]
+
+
+def _mnist(dtype: torch.dtype | None, device: str | torch.device) -> Any:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    # by parts: DDIMPipeline.from_pretrained draws a progress bar
+    folder = _HERE / "mnist"
+    unet = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True)
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    pipe = DDIMPipeline(unet=unet.requires_grad_(False), scheduler=cast(DDIMScheduler, scheduler))
+    pipe.to(device=device, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _mnist_classifier(dtype: torch.dtype | None, device: str | torch.device) -> Classifier:
+    folder = _HERE / "mnist-classifier"
+    model = Classifier(**json.loads((folder / "config.json").read_text()))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+_LOADERS = {"mnist": _mnist, "mnist-classifier": _mnist_classifier}
