@@ -145,6 +145,19 @@ def test_the_pipe_is_left_as_it_was_found(family):
     assert (state_of(pipe)[:3], id(pipe.scheduler)) == before
 
 
+def test_a_saved_pipeline_comes_back_as_the_same_chain(tmp_path):
+    # stored configurations list which settings were defaults: clipping, here, undone by the pipe
+    pipe = stable_diffusion(ddim(steps_offset=1))
+    pipe.save_pretrained(tmp_path)
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(
+        tmp_path, local_files_only=True, requires_safety_checker=False, safety_checker=None
+    )
+    models = [from_pipeline(each, ["cat"], steps=4) for each in (pipe, loaded)]
+    with torch.no_grad():
+        assert torch.equal(*[call(model, [0]) for model in models])
+    assert models[0].process.bound is models[1].process.bound is None
+
+
 def test_dropout_is_off_even_in_training_mode():
     pipe = pixel_pipeline(ddim())
     for module in pipe.unet.modules():

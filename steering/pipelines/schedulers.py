@@ -7,6 +7,7 @@ levels are all that a chain needs. A fresh one is made from the given one's conf
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def _on_grid(scheduler: Any, name: str, steps: int, mu: float | None) -> Any:
     return fresh
 
 
-def _bound(config: Any):
+def _bound(config: Any) -> Clamp | DynamicThreshold | None:
     if config.get("thresholding"):
         return DynamicThreshold(config.dynamic_thresholding_ratio, config.sample_max_value)
     if config.get("clip_sample"):
@@ -146,7 +147,7 @@ def _bound(config: Any):
     return None
 
 
-def _diffusion(fresh: Any, name: str, shape: tuple[int, ...], eta: float | None):
+def _diffusion(fresh: Any, name: str, shape: tuple[int, ...], eta: float | None) -> GaussianProcess:
     """Schedulers whose levels are alphas_cumprod at whole-numbered times."""
     config = fresh.config
     t = fresh.timesteps.long().cpu().unique().flip(0)  # PNDM visits one time twice
@@ -173,7 +174,9 @@ def _diffusion(fresh: Any, name: str, shape: tuple[int, ...], eta: float | None)
         alpha_to, sigma_to = product_to.sqrt(), (1 - product_to).sqrt()
         kernel = _tcd(after.clamp(min=0), products, 0.3 if eta is None else eta)
     elif name.startswith("DDPM") and eta is None:
-        kernel = _ddpm(t, alpha, sigma, alpha_to, sigma_to, config)
+        large = config.variance_type == "fixed_large"
+        kernel = ddpm_kernel(alpha, sigma, alpha_to, sigma_to, large=large)
+        kernel = replace(kernel, std=torch.where(t > 0, kernel.std, 0.0))
     else:
         kernel = ddim_kernel(alpha, sigma, alpha_to, sigma_to, 1.0 if eta is None else eta)
     return GaussianProcess(
@@ -186,22 +189,16 @@ def _diffusion(fresh: Any, name: str, shape: tuple[int, ...], eta: float | None)
     )
 
 
-def _ddpm(t: Tensor, alpha, sigma, alpha_to, sigma_to, config: Any) -> Kernel:
-    large = config.variance_type == "fixed_large"
-    kernel = ddpm_kernel(alpha, sigma, alpha_to, sigma_to, large=large)
-    return Kernel(kernel.on_x, kernel.on_clean, kernel.on_eps, torch.where(t > 0, kernel.std, 0.0))
-
-
 def _lcm(t: Tensor, alpha_to: Tensor, sigma_to: Tensor, config: Any) -> Kernel:
-    """Re-noising of c_out · clean + c_skip · x (arXiv:2310.04378, eq. 9 with sigma_data = .5)."""
+    """Re-noising of c_out · clean + c_skip · x (arXiv:2310.04378; sigma_data = .5)."""
     scaled = (t * config.timestep_scaling).double()
     skip, out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
     kernel = consistency_kernel(alpha_to * out, sigma_to)
-    return Kernel(alpha_to * skip, kernel.on_clean, kernel.on_eps, kernel.std)
+    return replace(kernel, on_x=alpha_to * skip)
 
 
 def _tcd(t_to: Tensor, products: Tensor, gamma: float) -> Kernel:
-    """Jump down to (1 - gamma) · t' and come back up with new noise (arXiv:2402.19159, eq. 20)."""
+    """Jump down to (1 - gamma) · t' and come back up with new noise (arXiv:2402.19159)."""
     if not 0 <= gamma <= 1:
         raise ValueError(f"eta={gamma} is no share of noise: give a number from 0 (ODE) to 1.")
     low, high = products[((1 - gamma) * t_to).floor().long()], products[t_to]
@@ -210,7 +207,9 @@ def _tcd(t_to: Tensor, products: Tensor, gamma: float) -> Kernel:
     return Kernel(zero, high.sqrt(), (ratio * (1 - low)).sqrt(), (1 - ratio).clamp(min=0).sqrt())
 
 
-def _from_sigmas(fresh: Any, name: str, shape: tuple[int, ...], eta: float | None):
+def _from_sigmas(
+    fresh: Any, name: str, shape: tuple[int, ...], eta: float | None
+) -> GaussianProcess:
     """Schedulers whose levels are a table of sigmas, one more than there are times."""
     config = fresh.config
     times, sigmas = fresh.timesteps.float().cpu(), fresh.sigmas.double().cpu()

@@ -60,7 +60,7 @@ def build(pipe: Any, request: Request) -> Model:
 
 
 def _shift(config: Any, tokens: int) -> float:
-    """The dynamic shift mu, linear in the number of tokens (arXiv:2403.03206, section 5.3.2)."""
+    """The dynamic shift mu: linear in the number of tokens, as the pipeline sets it."""
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
     return low + (high - low) * (tokens - few) / (many - few)
