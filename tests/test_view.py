@@ -86,6 +86,23 @@ def test_a_tree_shows_thumbnails_of_the_nodes_and_values_as_colours(small):
         assert viridis((value + 8) / 7) in found
 
 
+def test_a_node_whose_state_was_let_go_is_a_dot(small):
+    def red(handles):
+        return torch.tensor([1.0, 0, 0])[:, None, None].expand(len(handles), 3, 4, 4)
+
+    def red_but_101(handles):
+        if (handles == 101).any():
+            raise KeyError(101)
+        return red(handles)
+
+    def pixels(image):
+        return sum(n for n, c in image.getcolors(image.width * image.height) if c == (255, 0, 0))
+
+    whole = tree_picture(small, red, leaves=99)
+    # one of seven thumbnails is missing; all are of one size
+    assert pixels(tree_picture(small, red_but_101, leaves=99)) == pixels(whole) * 6 / 7
+
+
 def test_a_trees_edges_are_wider_where_it_was_visited_more():
     def ink(visits):
         tree = tree_of([-1, 0, 0], [-1, 10, 10], [NAN, -1.0, -2.0], visits)

@@ -37,8 +37,8 @@ def tree_picture(
 
     Args:
         tree: `result.tree`.
-        thumbnails: handles [N] int64 -> N images, for instance `result.thumbnails`; None draws
-            coloured dots.
+        thumbnails: handles [N] int64 -> N images, for instance `result.thumbnails`; a node whose
+            handle raises KeyError, because its state was let go, is a dot. None: all are.
         condition: which of the R trees.
         leaves: at most so many are drawn.
         size: side of a thumbnail in pixels.
@@ -63,8 +63,12 @@ def tree_picture(
     images = {}
     if thumbnails is not None:
         nodes = shown[1:]
-        found = pictures(thumbnails(tree.handle[torch.tensor(nodes)]))
-        images = {n: fit(image, size * _SCALE) for n, image in zip(nodes, found, strict=True)}
+        found = _kept(thumbnails, tree.handle[torch.tensor(nodes)])
+        images = {
+            n: fit(image, size * _SCALE)
+            for n, image in zip(nodes, found, strict=True)
+            if image is not None
+        }
 
     pitch, gap = size + _TEXT + 14, max(2 * size, 84)
     tips = _layout(root, children)
@@ -112,6 +116,15 @@ def tree_picture(
     _head(draw, tree, title, levels, column, size)
     _legend(draw, low, high, all_visits, height)
     return sheet.resize((width, round(height)), Image.Resampling.LANCZOS)
+
+
+def _kept(thumbnails: Thumbnails, handles: Tensor) -> list[Image.Image | None]:
+    try:
+        return [*pictures(thumbnails(handles))]
+    except KeyError:  # find out whose: samplers let go of states that nothing will branch from
+        if len(handles) == 1:
+            return [None]
+        return [image for handle in handles.split(1) for image in _kept(thumbnails, handle)]
 
 
 def _shown(tree: Tree, condition: int, leaves: int) -> list[int]:
