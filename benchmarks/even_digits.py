@@ -22,7 +22,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,13 @@ EXTRACTOR = "mnist-classifier/64"
 CLASSES = {"even": [0, 2, 4, 6, 8], "one": [1], "eight": [8], "rare": [4, 9]}
 COMMON = ("even", "one", "eight")
 SAMPLERS: dict[str, Callable[[], Any]] = {
-    "dts": lambda: TreeSampling(),
-    "dts published": lambda: TreeSampling(law="published"),
-    "dts_star": lambda: TreeSearch(),
-    "smc": lambda: SMC(),
     "importance": lambda: Importance(),
     "best_of_n": lambda: BestOfN(),
     "unsteered": lambda: Ancestral(),
+    "dts": lambda: TreeSampling(),
+    "smc": lambda: SMC(),
+    "dts published": lambda: TreeSampling(law="published"),
+    "dts_star": lambda: TreeSearch(),
 }
 INDEPENDENT = ("importance", "best_of_n", "unsteered")  # the same walks whatever the reward
 
@@ -94,35 +94,31 @@ def look(net: Any, items: Tensor, device: str) -> tuple[Tensor, Tensor]:
 class Bench:
     """The runs of a ladder, kept in a folder."""
 
-    def __init__(self, work: Path, device: str, pool: int) -> None:
-        self.work, self.device, self.pool_size = work, device, pool
+    def __init__(self, work: Path, device: str, pool: int, seeds: int) -> None:
+        self.work, self.device, self.pool_size, self.seeds = work, device, pool, seeds
         work.mkdir(parents=True, exist_ok=True)
         self.net = zoo.load("mnist-classifier", device=device)
         self.model = from_pipeline(zoo.load("mnist", device=device), steps=STEPS)
         self.batch = 64 if device == "cpu" else 1024
 
-    def jobs(self, ladder: list[int], seeds: int) -> list[tuple[str, Callable[[], None]]]:
-        """Every piece of work that is not done yet, by its file's name; cheap ones first."""
+    def jobs(self, ladder: list[int]) -> list[tuple[str, Callable[[], None]]]:
+        """Every piece of work that is not done yet, by its file's name: the pool, then the runs."""
         jobs: dict[str, Callable[[], None]] = {}
-        for nfe in sorted(ladder):
-            for seed in range(seeds):
+        for k in range(math.ceil(self.pool_size / SHARD)):
+            jobs[f"pool-{k:04d}"] = lambda k=k: self.shard(k)
+        for name in SAMPLERS:
+            for nfe in sorted(ladder):
                 for task in CLASSES:
-                    for name in SAMPLERS:
-                        key = self.key(task, name, nfe, seed)
-                        if key not in jobs:
-                            jobs[key] = lambda t=task, n=name, b=nfe, s=seed, k=key: self.run(
-                                t, n, b, s, k
-                            )
-            if nfe == min(ladder):  # without the pool nothing can be reported
-                for k in range(math.ceil(self.pool_size / SHARD)):
-                    jobs[f"pool-{k:04d}"] = lambda k=k: self.shard(k)
+                    key = self.key(task, name, nfe)
+                    if key not in jobs:
+                        jobs[key] = lambda t=task, n=name, b=nfe, k=key: self.run(t, n, b, k)
         return [(k, j) for k, j in jobs.items() if not self.path(k).exists()]
 
-    def key(self, task: str, name: str, nfe: int, seed: int) -> str:
+    def key(self, task: str, name: str, nfe: int) -> str:
         """Name of a run's file; independent walks do not depend on the task."""
         if name in INDEPENDENT:
             task, name = "any", "independent"
-        return f"{task}-{name.replace(' ', '_')}-{nfe}-{seed}"
+        return f"{task}-{name.replace(' ', '_')}-{nfe}"
 
     def path(self, key: str) -> Path:
         return self.work / f"{key}.safetensors"
@@ -133,29 +129,31 @@ class Bench:
             self.model, _nothing, Ancestral(SHARD), seed=POOL_SEED + k, batch=self.batch,
             progress=False,
         )  # fmt: skip
-        self.keep(f"pool-{k:04d}", run, run.counts)
+        self.keep(f"pool-{k:04d}", run)
 
-    def run(self, task: str, name: str, nfe: int, seed: int, key: str) -> None:
-        """One sampler on one task."""
+    def run(self, task: str, name: str, nfe: int, key: str) -> None:
+        """One sampler on one task, all seeds at once: each is a condition with keys of its own."""
         independent = name in INDEPENDENT
         sampler = Ancestral() if independent else SAMPLERS[name]()
         reward = _nothing if independent else task_reward(task, self.net)
         run = sample(
-            self.model, reward, sampler, nfe=nfe, lam=1.0, seed=seed, batch=self.batch,
-            draws=None if independent else 64 if name == "dts_star" else DRAWS, progress=False,
+            replace(self.model, prompts=(None,) * self.seeds), reward, sampler, nfe=nfe, lam=1.0,
+            draws=None if independent else 64 if name == "dts_star" else DRAWS, batch=self.batch,
+            progress=False,
         )  # fmt: skip
-        self.keep(key, run, run.counts)
+        self.keep(key, run)
 
-    def keep(self, key: str, run: Any, counts: Tensor) -> None:
+    def keep(self, key: str, run: Any) -> None:
         features, logits = look(self.net, run.items, self.device)
         about = {
-            "nfe": run.nfe, "seconds": run.spent.seconds, "found": int(run.found.sum()),
-            "ess": float(run.ess[0]), "root_ess": float(run.root_ess[0]),
-            "log_z": float(run.log_z[0]),
-        }  # fmt: skip
-        # walks in the order of their making, so that weights can be put on them later
-        order = run.ids.argsort() if key.startswith("any") else torch.arange(len(counts))
-        tensors = {"features": features[order], "logits": logits[order], "counts": counts[order]}
+            "nfe": run.spent.rows.tolist(),
+            "seconds": [run.spent.seconds / self.seeds] * self.seeds,
+            "found": run.found.tolist(),
+            "ess": run.ess.tolist(),
+            "root_ess": run.root_ess.tolist(),
+            "log_z": [z if math.isfinite(z) else None for z in run.log_z.tolist()],
+        }
+        tensors = {"features": features, "logits": logits, "counts": run.counts, "rows": run.rows}
         part = self.path(key).with_suffix(".part")
         save_file(
             {k: v.contiguous() for k, v in tensors.items()}, part, {"about": json.dumps(about)}
@@ -164,13 +162,15 @@ class Bench:
 
     def drawn(self, task: str, name: str, nfe: int, seed: int) -> Drawn | None:
         """What a run found, or None if it has not been made."""
-        path = self.path(self.key(task, name, nfe, seed))
+        path = self.path(self.key(task, name, nfe))
         if not path.exists():
             return None
         tensors = load_file(path)
+        mine = tensors["rows"] == seed
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["about"])
-        features, logits, counts = tensors["features"], tensors["logits"], tensors["counts"]
+        about = {k: math.nan if v[seed] is None else v[seed] for k, v in about.items()}
+        features, logits, counts = (tensors[k][mine] for k in ("features", "logits", "counts"))
         if name in INDEPENDENT:
             reward = score(task, logits)
             if name == "importance":
@@ -359,9 +359,9 @@ def main() -> None:
     torch.set_num_threads(1)
     header()
     began = time.monotonic()
-    bench = Bench(args.work, args.device, args.pool)
+    bench = Bench(args.work, args.device, args.pool, args.seeds)
     k, n = (int(v) for v in args.shard.split("/"))
-    jobs = bench.jobs(args.nfe, args.seeds)[k::n]
+    jobs = bench.jobs(args.nfe)[k::n]
     for name, job in jobs:
         if time.monotonic() - began > 60 * args.minutes:
             break
