@@ -25,7 +25,7 @@ Branch = Literal["auto", "even"] | tuple[int, ...]
 LEVELS = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88)  # share of the way where pilot walks plant a node
 USUAL = {0.55: 0.5, 0.8: 0.93}  # where walks get a sibling, and how far those usually agree
 PRIOR_PAIRS = 4  # what is usual counts as so many pairs
-DECIDING = (0.45, 0.985)  # branching pays where siblings agree as far as this
+DECIDING = (0.3, 0.985)  # branching pays where siblings agree as far as this
 COMMON = 0.1  # effective share of independent walks above which trees do not pay
 
 
@@ -140,8 +140,15 @@ def levels(branch: Branch, pilot: int, plan: Plan) -> tuple[int, ...]:
 
 
 def leaves_in_flight(parallel: int | None, plan: Plan) -> int:
-    """`parallel`, or a twelfth of what the budget affords, 1 to 64: as good as one at a time."""
-    return min(max(_rollouts(plan) // 12, 1), 64) if parallel is None else parallel
+    """`parallel`, or a twelfth of the rollouts that the budget affords, at most 64.
+
+    That is as good as one at a time. Small budgets take a sixth, up to the 16 that fill the
+    smallest network call, which costs little.
+    """
+    if parallel is not None:
+        return parallel
+    rollouts = _rollouts(plan)
+    return max(1, min(rollouts // 12, 64), min(rollouts // 6, 16))
 
 
 def pilot_walks(branch: Branch, pilot: int | None, plan: Plan) -> int:

@@ -20,7 +20,7 @@ from search.tree import LAWS
 from search.widen import PUBLISHED, Widening
 
 EPS, BETA = 0.5, 0.5  # bound a weight by 2 per level; other settings measured no better
-WIDENING = Widening(1.0, 0.5)
+WIDENING = Widening(1.0, 0.4)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TreeSampling:
             low, and the bias does not shrink in 1e4..1e6 network rows.
         branch: "auto"; "even", the paper's steps {0, .2, .4, .6, .8}·T; or rising step indices, ()
             for a flat tree. With law="published", "auto" means "even".
-        widening: None is Widening(1, .5), and the paper's Widening(2, .8) for law="published".
+        widening: None is Widening(1, .4), and the paper's Widening(2, .8) for law="published".
         parallel: leaves in flight per tree; None is a twelfth of the rollouts, 1 to 64.
         pilot: independent walks before the automatic choice; None is an eighth of the rollouts, at
             most 64, and none (a flat tree) below 48 rollouts.

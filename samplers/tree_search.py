@@ -40,10 +40,10 @@ class TreeSearch:
         c_uct: exploration, in standard deviations of the reward.
         branch: "auto"; "even", the paper's steps {0, .2, .4, .6, .8}·T; or rising step indices, ()
             for a flat tree, which is best-of-N.
-        widening: children per visit; the paper's is Widening(2, .8).
+        widening: None is Widening(1, .3); the paper's is Widening(2, .8).
         parallel: leaves in flight per tree; None is a twelfth of the rollouts, 1 to 64.
-        pilot: independent walks before the automatic choice; None is a twelfth of the rollouts, at
-            most 64.
+        pilot: independent walks before the automatic choice; None is an eighth of the rollouts, at
+            most 64, and none (the steps of an image) below 48 rollouts.
 
     Raises:
         ValueError: here for options that fit no chain; from `init`, before the first network row,
@@ -54,7 +54,7 @@ class TreeSearch:
     value: Literal["rollout", "clean"] = "rollout"
     c_uct: float = 1.0
     branch: Literal["auto", "even"] | tuple[int, ...] = "auto"
-    widening: Widening = NARROW
+    widening: Widening | None = None
     parallel: int | None = None
     pilot: int | None = None
 
@@ -80,7 +80,7 @@ class TreeSearch:
             Habit(
                 choose=choose,
                 backup=soft if self.backup == "soft" else backup.maximum,
-                widening=self.widening,
+                widening=self.widening or NARROW,
                 levels=levels(self.branch, walks, plan),
                 parallel=leaves_in_flight(self.parallel, plan),
                 walks=walks,

@@ -57,12 +57,15 @@ class FakeEngine:
     drift: float = 0.0
     push: float = 0.0
     state: dict[int, tuple[int, float]] = field(default_factory=dict)  # handle -> (step, x)
+    cost: list[list[int]] = field(init=False)  # [R][T + 1] rows from the noise to a step
     spent: Tensor = field(init=False)  # [R] rows
     scored: Tensor = field(init=False)  # [R] reward calls
     looked: set[int] = field(default_factory=set)
     answered: int = 0
 
     def __post_init__(self) -> None:
+        before = torch.zeros(self.plan.conditions, 1, dtype=torch.int64)
+        self.cost = torch.cat([before, self.plan.cost.cumsum(1)], 1).tolist()
         self.spent = torch.zeros(self.plan.conditions, dtype=torch.int64)
         self.scored = torch.zeros(self.plan.conditions, dtype=torch.int64)
 
@@ -104,12 +107,12 @@ class FakeEngine:
         keys = child_key(asked.key.repeat_interleave(steps), torch.arange(steps).repeat(n))
         move = self.sd[1:] * normal(keys, ()).double().view(n, steps) + self.push
         # N(s z + m; 0, s²) against N(s z; 0, s²)
-        ratio = self.drift - (
-            self.push * (move - self.push / 2) / self.sd[1:] ** 2 if self.push else 0
-        )
+        ratio = torch.full_like(move, self.drift)
+        if self.push:
+            ratio -= self.push * (move - self.push / 2) / self.sd[1:] ** 2
         zero = torch.zeros(n, 1, dtype=torch.float64)
         moved = torch.cat([zero, move.cumsum(1)], 1).tolist()
-        ratios = torch.cat([zero, (ratio + zero).expand(n, steps).cumsum(1)], 1).tolist()
+        ratios = torch.cat([zero, ratio.cumsum(1)], 1).tolist()
         prior = (self.sd[0] * normal(asked.key, ()).double()).tolist()
         columns = (asked.src, asked.start, asked.stop, asked.row, asked.score)
         src, start_, stop_, row_, score = (column.tolist() for column in columns)
@@ -124,7 +127,7 @@ class FakeEngine:
                 at, x = self.state[src[n]]
                 assert at == start, "a walk starts where its source was kept"
             x += moved[n][stop] - moved[n][start]
-            cost = self.plan.way(row, start, stop)
+            cost = self.cost[row][stop] - self.cost[row][start]
             if src[n] in self.looked and self.plan.reuses and stop > start:
                 cost -= int(self.plan.look[row, start])
                 self.looked.discard(src[n])

@@ -63,30 +63,30 @@ def test_a_tree_alone_is_the_same_as_among_four(sampler):
 
 
 def test_path_weights_take_out_the_bias_of_the_published_rule():
-    """Three levels that add N(0, .7²) each, 400 trees of 60 rollouts: log Z = 3 · .49 / 2."""
+    """Three levels that add N(0, .7²) each, 100 trees of 60 rollouts: log Z = 3 · .49 / 2."""
     sd, log_z = torch.full((3,), 0.7, dtype=torch.float64), 1.5 * 0.49
-    plan = {"conditions": 400, "reward_calls": 60}
+    plan = {"conditions": 100, "reward_calls": 60}
     widening = Widening(2, 0.8)
     path = TreeSampling(branch=(0, 1), widening=widening)
     ratio = (run(path, sd, **plan)[1].log_z - log_z).exp()
-    assert abs(ratio.mean() - 1) < 3 * ratio.std() / 20  # standard error over 400 trees
+    assert abs(ratio.mean() - 1) < 3 * ratio.std() / 10  # standard error over 100 trees
     published = TreeSampling(law="published", branch=(0, 1), widening=widening)
     ratio = (run(published, sd, **plan)[1].log_z - log_z).exp()
-    assert ratio.mean() - 1 < -6 * ratio.std() / 20
+    assert ratio.mean() - 1 < -3 * ratio.std() / 10
 
 
 def test_draws_follow_the_tilted_law():
     """N(0, s²) tilted by exp(x) has mean s². Weighted without normalising, by the known log Z, the
     mean of a tree is unbiased: E[Σ w r] / Z."""
-    _, draws = run(BRANCHED, conditions=300, nfe=1000)
+    _, draws = run(BRANCHED, conditions=100, nfe=600)
     tree, s2 = draws.tree, 11 / 4
     leaf, log_weight, _ = tree.law("path")
-    best = torch.full((300,), -torch.inf, dtype=torch.float64)
+    best = torch.full((100,), -torch.inf, dtype=torch.float64)
     best.scatter_reduce_(0, tree.row[leaf], tree.reward[leaf], "amax")
     log_w = log_weight + best[tree.row[leaf]] - tree.ended.double().log()[tree.row[leaf]] - s2 / 2
-    means = torch.zeros(300, dtype=torch.float64)
+    means = torch.zeros(100, dtype=torch.float64)
     means.index_add_(0, tree.row[leaf], log_w.exp() * tree.reward[leaf])
-    assert abs(means.mean() - s2) < 3 * means.std() / math.sqrt(300)
+    assert abs(means.mean() - s2) < 3 * means.std() / 10
 
 
 @pytest.mark.parametrize("law", ["path", "published"])
@@ -95,27 +95,27 @@ def test_a_guided_proposal_is_corrected(law):
     sampler = TreeSampling(
         branch=(3, 6, 8), law=law, widening=Widening(math.inf, 1)
     )  # no selection
-    plan = make_plan(steps=10, conditions=300, nfe=500)
+    plan = make_plan(steps=10, conditions=100, nfe=300)
     draws = sampler.result(FakeEngine(plan, SD, push=0.1).run(sampler))
     ratio = (draws.log_z - 11 / 8).exp()
-    assert abs(ratio.mean() - 1) < 3 * ratio.std() / math.sqrt(300)
+    assert abs(ratio.mean() - 1) < 3 * ratio.std() / 10
     ignored = (draws.log_z - draws.tree.log_ratio[draws.tree.log_ratio != 0].mean()).exp()
     assert ignored.mean() > 1
 
 
 def test_guided_trees_are_corrected_too():
-    plan = make_plan(steps=10, conditions=300, nfe=1000)
+    plan = make_plan(steps=10, conditions=100, nfe=600)
     draws = BRANCHED.result(FakeEngine(plan, SD, push=0.1).run(BRANCHED))
     ratio = (draws.log_z - 11 / 8).exp()
-    assert abs(ratio.mean() - 1) < 3 * ratio.std() / math.sqrt(300)
+    assert abs(ratio.mean() - 1) < 3 * ratio.std() / 10
 
 
 def test_budgets_hold_and_nothing_is_unscored():
     """1,000 random configurations; the engine counts by itself."""
     chance = random.Random(0)
     for _ in range(1000):
-        steps, price = chance.randint(2, 12), chance.choice((1, 2))
-        nfe = steps * price * chance.randint(1, 60) + chance.randint(0, steps)
+        steps, price = chance.randint(2, 8), chance.choice((1, 2))
+        nfe = steps * price * chance.randint(1, 9) + chance.randint(0, steps)
         calls = chance.choice((None, chance.randint(1, 60)))
         branch = chance.choice(
             ("auto", "even", (), tuple(sorted(chance.sample(range(steps), min(steps, 3)))))
@@ -128,9 +128,9 @@ def test_budgets_hold_and_nothing_is_unscored():
             pilot=chance.choice((None, 0, 3)),
         )
         sd = torch.full((steps + 1,), chance.choice((0.3, 2.0)), dtype=torch.float64)
-        rows = chance.randint(1, 3)
+        rows = chance.randint(1, 2)
         plan = {"conditions": rows, "nfe": nfe, "reward_calls": calls, "cost": price}
-        engine, draws = run(sampler, sd, chance.randint(1, 64), **plan)
+        engine, draws = run(sampler, sd, chance.randint(4, 64), **plan)
         tree = draws.tree
         assert (engine.spent <= nfe).all()
         assert calls is None or (engine.scored <= calls).all()
@@ -185,7 +185,7 @@ def test_1000_hostile_reward_vectors():
             seen.append(next(rewards))  # noqa: B023
             return torch.tensor([seen[-1]], dtype=torch.float64)  # noqa: B023
 
-        _, draws = run(sampler, nfe=chance.choice((30, 500)), lam=lam, reward=reward)
+        _, draws = run(sampler, nfe=chance.choice((30, 100)), lam=lam, reward=reward)
         finite = [r for r in seen if math.isfinite(r)]
         assert len(draws.id) == len(finite)
         assert draws.log_weight.isfinite().all()
@@ -197,13 +197,13 @@ def test_1000_hostile_reward_vectors():
 def test_a_failure_counts_nowhere():
     """Walks fail at random: what is left has the law of the chain."""
     fails = {"fails": lambda id: id % 7 == 2}
-    _, draws = run(BRANCHED, conditions=300, nfe=1000, **fails)
+    _, draws = run(BRANCHED, conditions=100, nfe=600, **fails)
     tree = draws.tree
     assert tree.failed.any()
     assert not tree.failed[tree.value.isfinite()].any()
     assert (tree.reward.isfinite() == (tree.log_w > -torch.inf)).all()
     ratio = (draws.log_z - 11 / 8).exp()
-    assert abs(ratio.mean() - 1) < 3 * ratio.std() / math.sqrt(300)
+    assert abs(ratio.mean() - 1) < 3 * ratio.std() / 10
     _, draws = run(BRANCHED, nfe=1000, fails=lambda id: True)
     assert len(draws.id) == 0
     assert draws.log_z.isnan().all()
