@@ -63,8 +63,9 @@ def run(out: Path, *, seed: int, nfe: int) -> dict[str, Result]:
         print(f"{title:<16}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
         draws_picture(result, out / f"{name}.png", f"{title}: {even:.0%} even")
     trees(results["dts_star"], out, "DTS*: where the best even digits came from")
-    steered = {name: results[name].history for name in ("dts", "dts_star")}
-    curve(steered).save(out / "curve.png")
+    curve({"DTS": results["dts"].history, "DTS*": results["dts_star"].history}).save(
+        out / "curve.png"
+    )
     figures = {name: account(result) for name, result in results.items()}
     (out / "result.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
     names = sorted(path.name for path in out.iterdir())

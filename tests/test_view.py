@@ -99,8 +99,9 @@ def test_a_node_whose_state_was_let_go_is_a_dot(small):
         return sum(n for n, c in image.getcolors(image.width * image.height) if c == (255, 0, 0))
 
     whole = tree_picture(small, red, leaves=99)
-    # one of seven thumbnails is missing; all are of one size
-    assert pixels(tree_picture(small, red_but_101, leaves=99)) == pixels(whole) * 6 / 7
+    # one of seven thumbnails of one size is missing; ringing at edges changes a few pixels
+    drawn = pixels(tree_picture(small, red_but_101, leaves=99))
+    assert drawn == pytest.approx(pixels(whole) * 6 / 7, rel=0.02)
 
 
 def test_a_trees_edges_are_wider_where_it_was_visited_more():

@@ -82,13 +82,13 @@ def curve(
 
 
 def _so_far(history: History) -> list[tuple[int, float, float]]:
-    """(network rows, best so far, mean so far) after each finite reward."""
-    best, total, line = -math.inf, 0.0, []
+    """(network rows, best so far, mean so far) where rewards came in, one point per call."""
+    best, total, count, line = -math.inf, 0.0, 0, {}
     for nfe, reward in zip(history.nfe, history.reward, strict=True):
         if math.isfinite(reward):
-            best, total = max(best, reward), total + reward
-            line.append((nfe, best, total / (len(line) + 1)))
-    return line
+            best, total, count = max(best, reward), total + reward, count + 1
+            line[nfe] = (nfe, best, total / count)
+    return list(line.values())
 
 
 def _ticks(low: float, high: float) -> list[float]:
