@@ -17,8 +17,7 @@ demo: .venv/.core-stamp
 	$(BIN)/steer demo --out demo
 
 test: .venv/.dev-stamp lint
-	$(BIN)/python -m pytest -n 2 -q --durations=10 tests
-	$(BIN)/python -m pytest -q --nbmake --nbmake-timeout=120 notebooks
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q --nbmake --nbmake-timeout=600 --durations=10 tests notebooks
 
 lint: .venv/.dev-stamp
 	$(BIN)/ruff check .
@@ -26,7 +25,7 @@ lint: .venv/.dev-stamp
 	$(BIN)/pyright
 
 gpu-bench: .venv/.core-stamp
-	$(BIN)/python -m benchmarks.even_digits --gpu --out benchmarks/results
+	$(BIN)/python -m benchmarks.even_digits --device cuda --nfe 100000 300000 1000000
 
 .venv/.core-stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
