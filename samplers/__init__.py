@@ -10,6 +10,7 @@ from samplers.run import load, sample
 from samplers.smc import SMC
 from samplers.tree_sampling import TreeSampling
 from samplers.tree_search import TreeSearch
+from search.widen import Widening
 
 __all__ = [
     "SMC",
@@ -27,6 +28,7 @@ __all__ = [
     "TreeSampling",
     "TreeSearch",
     "Walked",
+    "Widening",
     "load",
     "sample",
 ]

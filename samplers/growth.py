@@ -202,8 +202,10 @@ class Growth:
         rows, scores = self.way[row][max(step, 0)], 1
         if self.habit.look:
             ahead = grown.levels[bisect_right(grown.levels, step) :]
-            if not self.plan.reuses:  # else it is the next leg's first row
+            if not self.plan.reuses:
                 rows += int(self.plan.look[row, list(ahead)].sum())
+            elif step >= 0:  # the look at this node was the first row of every walk from it
+                rows -= int(self.plan.look[row, step])
             scores += len(ahead)
         if not self.purse.reserve(row, rows, scores):
             return False

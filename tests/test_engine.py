@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samplers import SMC, Ancestral, BestOfN, Importance, sample
+from samplers import SMC, Ancestral, BestOfN, Importance, TreeSampling, TreeSearch, sample
 from samplers.core import Rollouts
 from steering.core import Proposal
 from steering.gaussian import NormalTransition
@@ -23,7 +23,17 @@ from tests.brownian import Walk, brownian, first
 QUIET = {"progress": False}
 
 
-@pytest.mark.parametrize("sampler", [Ancestral(50), BestOfN(50), Importance(50), SMC(40)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Ancestral(50),
+        BestOfN(50),
+        Importance(50),
+        SMC(40),
+        TreeSampling(),
+        TreeSearch(value="clean"),
+    ],
+)
 def test_results_are_bit_equal_for_every_batch_size(sampler):
     runs = [
         sample(brownian(), first, sampler, nfe=600, batch=b, draws=10, **QUIET)
@@ -58,15 +68,19 @@ def test_every_network_row_is_counted_and_none_is_over_budget():
         model = brownian(steps=steps, prompts=prompts, price=price)
         nfe = steps * price + chance.randint(0, 150)
         calls = chance.choice([None, chance.randint(1, 40)])
-        sampler = chance.choice([Ancestral(), BestOfN(), Importance()])
+        trees = [TreeSampling(branch="even"), TreeSearch(branch="even", parallel=5)]
+        sampler = chance.choice([Ancestral(), BestOfN(), Importance(), *trees])
         batch = chance.choice([5, 16, 64, 200])
         run = sample(model, first, sampler, nfe=nfe, reward_calls=calls, batch=batch, **QUIET)
         seen = sum(model.denoiser.rows_seen)
         assert int(run.spent.rows.sum()) == (seen - run.spent.padded) * price
         assert (run.spent.rows <= nfe).all()
         assert calls is None or (run.spent.reward_calls <= calls).all()
-        # nothing unscored: every row belongs to a walk that reached its leaf
-        assert torch.equal(run.spent.rows, run.spent.reward_calls * steps * price)
+        # nothing unscored: every leg goes on until a leaf that has its reward
+        walks = run._engine.record.walks
+        went_on = {w.src for w in walks}
+        assert all(w.entry in went_on if w.stop < steps else w.score for w in walks)
+        assert sum(w.rows for w in walks) == run.nfe
 
 
 @pytest.mark.parametrize("limit", [1, 3, 16, 31, 63])
@@ -98,7 +112,9 @@ def test_a_thousand_hostile_reward_vectors():
             index = (items[:, 0].abs() * 997).long() % len(table)
             return [table[k] for k in index.tolist()]
 
-        sampler = (BestOfN(12), Importance(12), SMC(12))[trial % 3]
+        tree = {"branch": (0, 1), "parallel": 3}
+        samplers = (BestOfN(12), Importance(12), SMC(12), TreeSampling(**tree), TreeSearch(**tree))
+        sampler = samplers[trial % 5]
         lam = chance.choice([0.0, 1.0, 1e3])
         run = sample(brownian(steps=3), reward, sampler, nfe=60, lam=lam, **QUIET)
         assert run.rewards.isfinite().all()
@@ -106,7 +122,7 @@ def test_a_thousand_hostile_reward_vectors():
         assert run.ess.isfinite().all()
         good = list(reward(run.items, None)) if run.distinct else []
         assert run.rewards.tolist() == good
-        if sampler == BestOfN(12) and run.distinct:
+        if isinstance(sampler, (BestOfN, TreeSearch)) and run.distinct:
             assert run.best == 0
 
 
