@@ -113,7 +113,8 @@ def check(
 
 
 def levels(branch: Branch, pilot: int, plan: Plan) -> tuple[int, ...]:
-    """The steps where nodes are planted: explicit ones, the paper's, or the pilot's.
+    """The steps where nodes are planted: explicit ones, the paper's, the pilot's, or, where there
+    is no pilot, those that it usually chooses.
 
     Raises:
         ValueError: explicit steps out of range, out of order, or with no stochastic step after one.
@@ -121,11 +122,10 @@ def levels(branch: Branch, pilot: int, plan: Plan) -> tuple[int, ...]:
     if not plan.stochastic.any() and (isinstance(branch, str) or branch in ((), (0,))):
         return ()  # an ODE branches only at its noise, and children of the dummy root do that
     if isinstance(branch, str):
-        if branch == "auto" and not pilot:
-            return ()
         shares = LEVELS if branch == "auto" else EVEN
         steps = sorted({round(share * plan.steps) for share in shares} - {plan.steps})
-        return tuple(i for i in steps if plan.stochastic[i:].any())
+        steps = tuple(i for i in steps if plan.stochastic[i:].any())
+        return chosen(steps, plan.steps, USUAL) if branch == "auto" and not pilot else steps
     for before, i in zip((-1, *branch), branch, strict=False):
         if not before < i < plan.steps:
             raise ValueError(

@@ -76,7 +76,7 @@ class TreeSampling:
                 choose=_chooser(0.0, hot) if published else _chooser(EPS, BETA * hot),
                 backup=backup.log_mean_exp if plan.lam else backup.mean,
                 widening=self.widening or (PUBLISHED if published else WIDENING),
-                levels=levels(branch, walks, plan),
+                levels=() if branch == "auto" and not walks else levels(branch, walks, plan),
                 parallel=leaves_in_flight(self.parallel, plan),
                 walks=walks,
                 flat_if_common=True,

@@ -43,7 +43,7 @@ class TreeSearch:
         widening: None is Widening(1, .3); the paper's is Widening(2, .8).
         parallel: leaves in flight per tree; None is a twelfth of the rollouts, 1 to 64.
         pilot: independent walks before the automatic choice; None is an eighth of the rollouts, at
-            most 64, and none (the steps of an image) below 48 rollouts.
+            most 64, and none (the steps it usually chooses) below 48 rollouts.
 
     Raises:
         ValueError: here for options that fit no chain; from `init`, before the first network row,

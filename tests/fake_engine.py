@@ -130,7 +130,6 @@ class FakeEngine:
             cost = self.cost[row][stop] - self.cost[row][start]
             if src[n] in self.looked and self.plan.reuses and stop > start:
                 cost -= int(self.plan.look[row, start])
-                self.looked.discard(src[n])
             failed, reward = self.fails(id), torch.nan
             if score[n]:
                 self.scored[row] += 1

@@ -148,10 +148,10 @@ def test_a_larger_budget_asks_for_the_same_walks_and_more():
     class Recording(FakeEngine):
         def walk(self, asked_now):
             legs = zip(
-                asked_now.id.tolist(),
-                asked_now.src.tolist(),
+                asked_now.row.tolist(),
+                asked_now.key.tolist(),  # which says the whole way from the root
+                asked_now.start.tolist(),
                 asked_now.stop.tolist(),
-                asked_now.key.tolist(),
                 strict=True,
             )
             asked[-1].update(legs)

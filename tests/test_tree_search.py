@@ -31,17 +31,17 @@ def test_the_tree_is_bit_equal_for_any_room_and_any_order_of_answers(sampler):
 
 
 def test_a_search_beats_best_of_n():
-    """Ten increments that add up, 40 trees of 60 walks' rows: a search that keeps good prefixes
-    finds more in at least 30 of them (by chance 20 ± 3)."""
+    """Ten increments that add up, 20 trees of 50 walks' rows: a search that keeps good prefixes
+    finds more in at least 16 of them (by chance 10 ± 2.2)."""
     best = {}
     for sampler in (BestOfN(), TreeSearch(), TreeSearch(branch="even"), TreeSearch(backup="max")):
-        engine, draws = run(sampler, conditions=40, nfe=600)
+        engine, draws = run(sampler, conditions=20, nfe=500)
         final = torch.tensor([engine.state[id][1] for id in draws.id.tolist()])
-        found = torch.stack([final[draws.row == r].max() for r in range(40)])
+        found = torch.stack([final[draws.row == r].max() for r in range(20)])
         best[sampler] = found
     plain = best.pop(BestOfN())
     for found in best.values():
-        assert (found > plain).sum() >= 30
+        assert (found > plain).sum() >= 16
 
 
 def test_draws_are_distinct_and_best_first():
@@ -59,12 +59,12 @@ def test_draws_are_distinct_and_best_first():
 def test_a_flat_tree_is_best_of_n():
     flat, plain = (run(s, nfe=300)[1] for s in (TreeSearch(branch=()), BestOfN()))
     assert torch.equal(flat.id, plain.id)
-    assert torch.equal(flat.log_weight, plain.log_weight)
+    assert torch.allclose(flat.log_weight.softmax(0), plain.log_weight.softmax(0))
 
 
 def test_budgets_hold_with_looks():
     chance = random.Random(1)
-    for _ in range(200):
+    for _ in range(150):
         steps, price = chance.randint(2, 12), chance.choice((1, 2))
         nfe = steps * price * chance.randint(2, 9) + chance.randint(0, steps)
         calls = chance.choice((None, chance.randint(10, 60)))
@@ -94,25 +94,28 @@ def test_a_clean_value_is_scored_once_per_node_and_then_replaced():
     inner = tree.step == 3
     assert tree.value[inner].isfinite().all()
     assert tree.reward[inner].isnan().all()
-    # a look at a node whose walks all fail afterwards keeps what the look said
-    _, draws = run(TreeSearch(value="clean", branch=(3,)), nfe=300, fails=lambda id: id % 2 == 1)
-    assert draws.tree.value[draws.tree.step == 3].isfinite().all()
+    # a node whose walks all fail keeps what the look said, and is tried again
+    _, draws = run(TreeSearch(value="clean", branch=(3,)), nfe=300, fails=lambda id: id > 2)
+    arrived = (draws.tree.step == 3) & ~draws.tree.failed
+    assert 0 < int(arrived.sum()) < 4
+    assert draws.tree.value[arrived].isfinite().all()
 
 
 def test_a_larger_budget_grows_the_same_tree():
     sampler = TreeSearch()
     state = FakeEngine(make_plan(steps=10, nfe=600), SD).run(sampler)
     resolved = sampler.resolved(state)
-    assert (resolved.parallel, resolved.pilot) == (5, 7)
+    assert (resolved.parallel, resolved.pilot) == (10, 7)
     larger = FakeEngine(make_plan(steps=10, nfe=1500), SD).run(resolved)
     small, large = sampler.result(state).tree, sampler.result(larger).tree
-    assert set(small.handle.tolist()) < set(large.handle.tolist())
+    ends = [t.reward[t.reward.isfinite()].tolist() for t in (small, large)]
+    assert set(ends[0]) < set(ends[1])
 
 
 def test_hostile_rewards():
     chance = random.Random(0)
     extremes = (math.nan, math.inf, -math.inf, 1e38, -1e38, 0.0, 1.0, 1e300, -1e300)
-    for trial in range(200):
+    for trial in range(100):
         values = chance.choices(extremes, k=chance.randint(1, 4))
         seen = []
 
@@ -121,7 +124,7 @@ def test_hostile_rewards():
             return torch.tensor([seen[-1]], dtype=torch.float64)  # noqa: B023
 
         lam = chance.choice((0.0, 1.0, 1e3))
-        _, draws = run(KINDS[trial % 3], nfe=100, lam=lam, reward=reward)
+        _, draws = run(KINDS[trial % 3], nfe=60, lam=lam, reward=reward)
         finite = [r for r in seen if math.isfinite(r)]
         assert draws.log_weight.isfinite().all()
         if finite:
