@@ -118,4 +118,13 @@ class Scorer:
     def _run(self, x: Tensor, row: list[int]) -> Scores:
         with torch.no_grad():
             items = self._decode(x)
-        return call_reward(self._reward, items, [self._prompts[r] for r in row], self._on_error)
+        prompts = [self._prompts[r] for r in row]
+        scores = call_reward(self._reward, items, prompts, self._on_error)
+        if not isinstance(items, Tensor) or not items.is_floating_point():
+            return scores
+        # a reward may turn broken pixels into a number; it would mean nothing
+        broken = ~items.flatten(1).isfinite().all(1).cpu()
+        if not broken.any():
+            return scores
+        reward = scores.reward.masked_fill(broken, torch.nan)
+        return Scores(reward, scores.calls, scores.error or "a decoded item that is not finite")

@@ -149,6 +149,15 @@ def test_a_fifth_of_the_calls_failing_is_counted_exactly():
     assert run.distinct == 500 - run.failed
 
 
+def test_an_item_that_cannot_be_decoded_has_failed():
+    """Whatever the reward makes of it: half precision breaks pixels without an error."""
+    model = replace(brownian(), decode=lambda x: torch.where(x > 1, torch.nan, x))
+    run = sample(model, lambda items, prompts: [1.0] * len(prompts), BestOfN(100), **QUIET)
+    assert run.items.isfinite().all()
+    assert 0 < run.failed == 100 - run.distinct
+    assert run.spent.first_error == "a decoded item that is not finite"
+
+
 def test_a_reward_that_always_fails_says_why():
     def broken(items, prompts):
         raise OSError("the judge is not at home")
