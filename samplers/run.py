@@ -16,7 +16,7 @@ from samplers import journal
 from samplers.core import Budget, Sampler
 from samplers.engine import Engine, Settings
 from samplers.result import Result, assemble
-from samplers.scoring import OnError
+from samplers.scoring import OnError, reward_name
 from samplers.spec import Spec, check_same_run, encode, header, spec_of
 from samplers.temper import find_lam
 from steering.core import Guidance, Model
@@ -88,7 +88,7 @@ def sample(
     if record is not None and journal.exists(record):
         saved = journal.read(record)
         kept = spec_of(saved, sampler)
-        check_same_run(record, saved.header, header(model, spec, aim))
+        check_same_run(record, saved.header, header(model, reward, spec, aim))
         spec = dataclasses.replace(kept, sampler=sampler, budget=budget)
         engine = _reopened(model, reward, guidance, settings, saved)
         engine.journal = journal.Journal(record, {})
@@ -96,7 +96,7 @@ def sample(
         if aim is not None:
             spec = find_lam(engine, spec, aim)
         if record is not None:
-            engine.journal = journal.Journal(record, header(model, spec, aim))
+            engine.journal = journal.Journal(record, header(model, reward, spec, aim))
     return _run(engine, spec, draws, tuple(also), progress)
 
 
@@ -121,15 +121,16 @@ def load(
     Raises:
         FileNotFoundError: there is no record.
         CorruptRecordError: a checksum does not match, or a file is missing.
-        ValueError: the record is of another model.
+        ValueError: the record is of another model or reward, as far as their names tell.
     """
     saved = journal.read(folder)
     spec = spec_of(saved, sampler)
-    for name, mine in (("model", model.name), ("steps", model.process.steps)):
+    same = {"model": model.name, "steps": model.process.steps, "reward": reward_name(reward)}
+    for name, mine in same.items():
         if saved.header[name] != mine:
             raise ValueError(
-                f"model: the record in {folder} is of {name} {saved.header[name]!r}, this one has "
-                f"{mine!r}. Build the model as it was."
+                f"{name}: the record in {folder} is of {saved.header[name]!r}, given is {mine!r}. "
+                "Build the model and the reward as they were."
             )
     engine = _reopened(model, reward, guidance, Settings(weights=spec.weights), saved)
     engine.journal = journal.Journal(folder, {})
@@ -174,7 +175,7 @@ def save(result: Result, folder: str | Path) -> None:
     engine = result._engine
     if journal.exists(folder):
         raise FileExistsError(f"{folder} holds a record already: give another folder.")
-    book = journal.Journal(folder, header(engine.model, result._spec, None))
+    book = journal.Journal(folder, header(engine.model, engine.reward, result._spec, None))
     walks = engine.record.walks
     for part in range(0, len(walks), _SAVED_AT_ONCE):
         book.walks(walks[part : part + _SAVED_AT_ONCE], engine.store, engine.clean)

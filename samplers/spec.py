@@ -8,6 +8,7 @@ from typing import Any
 
 from samplers import journal
 from samplers.core import Budget, Sampler
+from samplers.scoring import reward_name
 from steering.core import Model
 
 
@@ -53,12 +54,13 @@ def decode(value: Any, own: Sampler | None) -> Any:
     return known[kind](**{k: decode(v, own) for k, v in value.items() if k != "type"})
 
 
-def header(model: Model, spec: Spec, aim: dict[str, float | None] | None) -> dict[str, Any]:
+def header(model: Model, reward: Any, spec: Spec, aim: dict | None) -> dict[str, Any]:
     """First line of a run's journal; `aim` is the target λ was sought for, if any."""
     return {
         "model": model.name,
         "steps": model.process.steps,
         "prompts": [str(p) for p in model.prompts],
+        "reward": reward_name(reward),
         "aim": aim,
         "spec": encode(spec),
     }
@@ -73,7 +75,7 @@ def spec_of(saved: journal.Saved, own: Sampler | None) -> Spec:
 def check_same_run(folder: Any, kept: dict[str, Any], asked: dict[str, Any]) -> None:
     """ValueError, naming the first difference, unless the record is of the run asked for."""
     drop = ("pilot", "pilot_rows", *(("lam",) if asked["aim"] else ()))
-    for name in ("model", "steps", "prompts", "aim"):
+    for name in ("model", "steps", "prompts", "reward", "aim"):
         if kept[name] != asked[name]:
             raise ValueError(_other(folder, name, kept[name], asked[name]))
     for name, value in asked["spec"].items():

@@ -1,7 +1,7 @@
 """What is steered and by what: the protocols that everything else implements.
 
-Shapes: N particles of shape D, R conditions (rows of a table built once), T steps. Step index i runs
-0 (noise) .. T (data) and is always a tensor [N].
+Shapes: N particles of shape D, R conditions (rows of a table built once), T steps. Step index i
+runs 0 (noise) .. T (data) and is always a tensor [N].
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Transition(Protocol):
     """The law of the next state given this one: one step of the chain, for N particles."""
 
     def sample(self, key: Tensor) -> Tensor:
-        """Draw the next states [N, *D]; `key` [N] int64 on the state's device, one per particle and step."""
+        """Draw the next states [N, *D]; `key` [N] int64 on their device, of particle and step."""
         ...
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -136,8 +136,8 @@ class Model:
     Args:
         denoiser: guesses the clean end.
         process: the chain.
-        decode: clean states [N, *D] -> items (images [N, C, H, W] in [0, 1]); defaults to identity.
-        prompts: what each condition was asked for, handed to rewards: R entries; (None,) if nothing.
+        decode: clean states [N, *D] -> items (images [N, C, H, W] in [0, 1]); identity if left out.
+        prompts: R entries, what each condition was asked for, handed to rewards; (None,) is nothing.
         device: where states live.
         name: for records and error messages.
     """

@@ -167,6 +167,7 @@ def _stops_after(n):
             os.kill(os.getpid(), signal.SIGINT)
         return items[:, 0]
 
+    reward.__name__ = first.__name__  # a record tells rewards apart by their names
     return reward
 
 
@@ -185,5 +186,7 @@ def test_a_record_of_another_model_is_refused(tmp_path):
     sample(brownian(), first, BestOfN(), nfe=300, progress=False).save(tmp_path / "run")
     with pytest.raises(ValueError, match="steps"):
         load(tmp_path / "run", brownian(steps=11), first)
+    with pytest.raises(ValueError, match="reward"):
+        load(tmp_path / "run", brownian(), lambda items, prompts: items[:, 1])
     with pytest.raises(FileExistsError, match="another folder"):
         sample(brownian(), first, BestOfN(), nfe=300, progress=False).save(tmp_path / "run")

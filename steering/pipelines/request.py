@@ -44,6 +44,13 @@ class Request:
                 f"{name} has {len(values)} entries for {expected} prompts: give one for each."
             )
 
+    def describe(self, pipe: Any) -> str:
+        """The pipeline's class and what was asked of it: records of other models differ in it."""
+        own = ("steps", "prompts")  # records hold these apart
+        asked = {k: v for k, v in vars(self).items() if k not in own and v is not None}
+        settings = ", ".join(f"{k}={v}" for k, v in asked.items())
+        return type(pipe).__name__ + (f"({settings})" if settings else "")
+
     def scales(self, default: float) -> Tensor:
         """[R] float32 guidance scales."""
         given = default if self.guidance_scale is None else self.guidance_scale

@@ -55,7 +55,7 @@ def build(pipe: Any, request: Request) -> Model:
         LatentDecoder.of(pipe.vae, height * width, pipe.vae.config.shift_factor),
         prompts=tuple(prompts),
         device=device,
-        name=type(pipe).__name__,
+        name=request.describe(pipe),
     )
 
 

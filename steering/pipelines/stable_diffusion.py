@@ -49,7 +49,7 @@ def build(pipe: Any, request: Request) -> Model:
         LatentDecoder.of(pipe.vae, height * width),
         prompts=tuple(prompts),
         device=device,
-        name=type(pipe).__name__,
+        name=request.describe(pipe),
     )
 
 

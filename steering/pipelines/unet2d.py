@@ -45,7 +45,7 @@ def build(pipe: Any, request: Request) -> Model:
         images_in_unit_range,
         prompts=request.prompts or (None,),
         device=device,
-        name=type(pipe).__name__,
+        name=request.describe(pipe),
     )
 
 
