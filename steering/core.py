@@ -136,8 +136,8 @@ class Model:
     Args:
         denoiser: guesses the clean end.
         process: the chain.
-        decode: clean states [N, *D] -> items (images [N, C, H, W] in [0, 1]); identity if left out.
-        prompts: R entries, what each condition was asked for, handed to rewards; (None,) is nothing.
+        decode: clean states [N, *D] -> items (images [N, C, H, W] in [0, 1]); default: as they are.
+        prompts: R entries, what each condition asks for, handed to rewards; (None,) is nothing.
         device: where states live.
         name: for records and error messages.
     """
