@@ -51,7 +51,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     header()
-    nfe, trees = (3_000, 8) if quick else (10_000, 64)
+    nfe, trees = (2_500, 5) if quick else (10_000, 48)
     print(f"T = {STEPS}, lam = 1, {nfe} network rows per tree, {trees} trees, noise seed 0\n")
     found: dict[str, dict[str, Tensor]] = {}
     for leaves in LEAVES:

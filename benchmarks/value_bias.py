@@ -102,7 +102,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     header()
-    nfe, trees, nodes, rollouts = (4_000, 3, 6, 100) if quick else (100_000, 6, 24, 300)
+    nfe, trees, nodes, rollouts = (4_000, 3, 6, 100) if quick else (100_000, 6, 16, 200)
     print(
         f"T = {STEPS}, lam = 1, {nfe} network rows per tree, {trees} trees, up to {nodes} nodes a "
         f"step and tree, truth from {rollouts} rollouts each; noise seeds 0 (trees), 1 (truth)"
