@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def sample(
     """
     budget = Budget(nfe, reward_calls, seconds)
     _check(model, reward, sampler, draws, lam, kl, ess, seed, guidance, weights, batch, on_error)
+    if callable(also) or not all(callable(held_out) for held_out in also):
+        raise TypeError(f"also={also!r}: give a list of rewards, (items, prompts) -> [N].")
     settings = Settings(batch, on_error, weights)
     spec = Spec(sampler, 1.0 if lam is None else float(lam), seed, budget, weights)
     engine = Engine(model, reward, guidance, settings)
@@ -85,19 +88,20 @@ def sample(
             "give from_pipeline an eta > 0, or say weights='none'."
         )
     aim = {"kl": kl, "ess": ess} if kl is not None or ess is not None else None
+    book = None
     if record is not None and journal.exists(record):
         saved = journal.read(record)
         kept = spec_of(saved, sampler)
         check_same_run(record, saved.header, header(model, reward, spec, aim))
         spec = dataclasses.replace(kept, sampler=sampler, budget=budget)
         engine = _reopened(model, reward, guidance, settings, saved)
-        engine.journal = journal.Journal(record, {})
+        book = partial(journal.Journal, record, {})
     else:
         if aim is not None:
             spec = find_lam(engine, spec, aim)
         if record is not None:
-            engine.journal = journal.Journal(record, header(model, reward, spec, aim))
-    return _run(engine, spec, draws, tuple(also), progress)
+            book = partial(journal.Journal, record, header(model, reward, spec, aim))
+    return _run(engine, spec, draws, tuple(also), progress, book=book)
 
 
 def load(
@@ -133,8 +137,8 @@ def load(
                 "Build the model and the reward as they were."
             )
     engine = _reopened(model, reward, guidance, Settings(weights=spec.weights), saved)
-    engine.journal = journal.Journal(folder, {})
-    return _run(engine, spec, draws, tuple(also), progress=False, offline=True)
+    book = partial(journal.Journal, folder, {})
+    return _run(engine, spec, draws, tuple(also), progress=False, offline=True, book=book)
 
 
 def more(result: Result, *, nfe, reward_calls, seconds, progress) -> Result:
@@ -189,6 +193,7 @@ def _run(
     also: tuple[Any, ...],
     progress: bool,
     offline: bool = False,
+    book: Callable[[], journal.Journal] | None = None,
 ) -> Result:
     budget = spec.budget
     if budget.nfe is not None and spec.pilot:
@@ -200,6 +205,8 @@ def _run(
         engine.ledger.reward_calls += spec.pilot
     plan = engine.plan(spec.lam, spec.seed, budget)
     state = spec.sampler.init(plan)
+    if book is not None:  # not before the sampler took the plan: a refused run leaves no record
+        engine.journal = book()
     with _Progress(engine, spec, progress and not offline) as bar:
         status = engine.run(spec.sampler, state, plan, budget.seconds, bar.update, offline)
     found = spec.sampler.result(state)
