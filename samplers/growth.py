@@ -25,7 +25,6 @@ from search.tree import Tree
 from search.widen import ONLY_ROOTS, Widening
 from steering.noise import child_key, root_key, uniform
 
-REVISITS = 64  # selections of finished leaves before one more must expand
 BLOCK = 256  # selection uniforms made at once
 SELECTION = -1  # the child number under which a condition's selection uniforms are kept apart
 
@@ -73,6 +72,7 @@ class Habit:
     walks: int  # of the pilot; 0: none
     flat_if_common: bool  # may the pilot decide for independent walks?
     look: bool  # does a new node start from the reward of its clean guess?
+    revisits: int  # selections in a row that may end in finished leaves before one must expand
 
 
 class Growth:
@@ -169,7 +169,7 @@ class Growth:
                 self._read_siblings(grown)
             return True
         arena = grown.arena
-        for _ in range(REVISITS):
+        for _ in range(self.habit.revisits):
             rollout = self._descend(row, grown)
             leaf = rollout.path[-1]
             if arena.step[leaf] != self.plan.steps:

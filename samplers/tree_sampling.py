@@ -81,6 +81,7 @@ class TreeSampling:
                 walks=walks,
                 flat_if_common=True,
                 look=False,
+                revisits=64,
             ),
         )
 

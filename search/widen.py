@@ -39,5 +39,4 @@ class Widening:
 
 
 PUBLISHED = Widening(2.0, 0.8)  # the paper's; its first 36 rollouts are best-of-N
-NARROW = Widening(1.0, 0.3)  # best for search wherever it was measured
 ONLY_ROOTS = Widening(math.inf, 1.0)  # every rollout is an independent draw
