@@ -169,7 +169,9 @@ class Bench:
         mine = tensors["rows"] == seed
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["about"])
-        about = {k: math.nan if v[seed] is None else v[seed] for k, v in about.items()}
+        about: dict[str, Any] = {
+            k: math.nan if v[seed] is None else v[seed] for k, v in about.items()
+        }
         features, logits, counts = (tensors[k][mine] for k in ("features", "logits", "counts"))
         if name in INDEPENDENT:
             reward = score(task, logits)
@@ -197,19 +199,27 @@ class Reference:
 
     def __init__(self, task: str, features: Tensor, logits: Tensor) -> None:
         reward = score(task, logits)
-        self.features, self.weights = features, reward.softmax(0)
+        self.weights = reward.softmax(0)
         self.mean_weight = float(reward.exp().mean())
         self.ess = float(1 / self.weights.square().sum())
+        self.moments = Moments.of(features, self.weights)
+        # items that hold all of the weight but a millionth: the others only cost time
+        order = self.weights.argsort(descending=True)
+        kept = order[: 1 + int((self.weights[order].cumsum(0) < 1 - 1e-6).sum())]
+        self.features, self.weights = features[kept], self.weights[kept]
         some = torch.searchsorted(
             self.weights.cumsum(0), (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-        ).clamp(max=len(features) - 1)
-        distance = torch.nn.functional.pdist(features[some].double())
+        ).clamp(max=len(kept) - 1)
+        distance = torch.nn.functional.pdist(self.features[some].double())
         self.bandwidth = float(distance[distance > 0].median())
-        self.moments = Moments.of(features, self.weights)
+        self.by_kernel = task == "rare"
         self.real = None if task == "rare" else _real(CLASSES[task])
 
     def distances(self, drawn: Drawn) -> tuple[float, float, float]:
-        """Fréchet distance to the reference, to the real test digits, and MMD² to the reference."""
+        """Fréchet distance to the reference, to the real test digits, and MMD² to the reference.
+
+        MMD² is for the rare pair alone, whose reference is too thin for a covariance.
+        """
         repeated = drawn.features.repeat_interleave(drawn.counts, 0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numbers of draws are printed beside
@@ -218,6 +228,8 @@ class Reference:
             to_real = math.nan
             if self.real is not None:
                 to_real = float(frechet(mine, self.real, extractor=EXTRACTOR))
+        if not self.by_kernel:
+            return to_reference, to_real, math.nan
         value = mmd(
             repeated, self.features, bandwidth=self.bandwidth, weights_y=self.weights,
             extractor=EXTRACTOR,
@@ -228,7 +240,7 @@ class Reference:
 def _real(classes: list[int]) -> Moments:
     """Moments of the real test digits of some classes together."""
     stats = zoo.reference("mnist-test")
-    n, mean, cov = (stats[f"class_{k}"][classes] for k in ("n", "mean", "cov"))
+    n, mean, cov = (stats[f"class_{k}"][classes].double() for k in ("n", "mean", "cov"))
     share = n / n.sum()
     centre = share @ mean
     away = mean - centre
@@ -296,8 +308,9 @@ def _row(task: str, name: str, nfe: int, runs: list[Drawn], reference: Reference
     measured = [reference.distances(r) for r in runs]
 
     def over_seeds(values: list[float]) -> tuple[float, float]:
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return statistics.mean(values), error
+        given = torch.tensor(values, dtype=torch.float64)
+        error = float(given.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return float(given.mean()), error
 
     share = [r.counts.double() / r.counts.sum() for r in runs]
     reward = over_seeds(

@@ -26,14 +26,15 @@ LEVELS = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88)  # share of the way where pilot walks 
 USUAL = {0.55: 0.5, 0.8: 0.93}  # where walks get a sibling, and how far those usually agree
 PRIOR_PAIRS = 4  # what is usual counts as so many pairs
 DECIDING = (0.3, 0.985)  # branching pays where siblings agree as far as this
-COMMON = 0.1  # effective share of independent walks above which trees do not pay
+COMMON = 0.04  # effective share of independent walks above which trees do not pay
+PAIRS = 24  # siblings at each of those shares, at most
 
 
 EVEN = (0.0, 0.2, 0.4, 0.6, 0.8)  # the paper's
 
 
 def common(reward: Tensor, lam: float) -> bool:
-    """Is the effective number of K walks, (Σ w)² / Σ w² with w = exp(λ r), above K / 10, and 2?
+    """Is the effective number of K walks, (Σ w)² / Σ w² with w = exp(λ r), above K / 25, and 2?
 
     Args:
         reward: [K] float64 rewards of independent walks, finite.
@@ -151,14 +152,16 @@ def leaves_in_flight(parallel: int | None, plan: Plan) -> int:
     return max(1, min(rollouts // 12, 64), min(rollouts // 6, 16))
 
 
-def pilot_walks(branch: Branch, pilot: int | None, plan: Plan) -> int:
-    """`pilot`, or an eighth of what the budget affords, up to 64; none below 6."""
+def pilot_walks(
+    branch: Branch, pilot: int | None, plan: Plan, share: float, least: int, most: int
+) -> int:
+    """`pilot`, or a share of what the budget affords, at most `most`; none below `least`."""
     if branch != "auto" or not plan.stochastic.any():
         return 0
     if pilot is not None:
         return pilot
-    walks = min(_rollouts(plan) // 8, 64)
-    return walks if walks >= 6 else 0
+    walks = min(int(share * _rollouts(plan)), most)
+    return walks if walks >= least else 0
 
 
 def _rollouts(plan: Plan) -> int:

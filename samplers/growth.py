@@ -263,7 +263,7 @@ class Growth:
             self._settle(grown, ())
             return
         shown = len(arena.shown[0])
-        each = -(-shown // 2)
+        each = min(-(-shown // 2), branching.PAIRS)
         grown.siblings = [
             (share, (k * shown) // each) for share in branching.USUAL for k in range(each)
             if round(share * steps) in grown.levels

@@ -35,9 +35,9 @@ class TreeSampling:
 
     With branch="auto" the first rollouts are a pilot, whose leaves count like all others: `pilot`
     independent walks. If exp(λ reward) is common among them (their effective number is above a
-    tenth of them, and above 2) the tree stays flat: nothing beats independent walks there. If it is
-    rare, half as many siblings each at .55 and .8 of the way measure how far rewards agree from
-    there on, and the tree branches at those of six late steps where they begin to.
+    25th of them, and above 2) the tree stays flat: nothing beats independent walks there. If it is
+    rare, up to 24 siblings each at .55 and .8 of the way measure how far rewards agree from there
+    on, and the tree branches at those of six late steps where they begin to.
 
     Args:
         law: "path", the law above; "published", the paper's: ε = 0, β = 1, no path weights. Biased
@@ -45,9 +45,10 @@ class TreeSampling:
         branch: "auto"; "even", the paper's steps {0, .2, .4, .6, .8}·T; or rising step indices, ()
             for a flat tree. With law="published", "auto" means "even".
         widening: None is Widening(1, .4), and the paper's Widening(2, .8) for law="published".
-        parallel: leaves in flight per tree; None is a twelfth of the rollouts, 1 to 64.
-        pilot: independent walks before the automatic choice; None is an eighth of the rollouts, at
-            most 64, and none (a flat tree) below 48 rollouts.
+        parallel: leaves in flight per tree; None is a twelfth of the rollouts, at most 64 (a sixth
+            of few rollouts, up to 16).
+        pilot: independent walks before the automatic choice; None is a quarter of the rollouts, at
+            most 96, and none (a flat tree) below 40: fewer cannot tell rare from common.
 
     Raises:
         ValueError: here for options that fit no chain; from `init`, before the first network row,
@@ -68,7 +69,7 @@ class TreeSampling:
     def init(self, plan: Plan) -> Growth:
         published = self.law == "published"
         branch = "even" if published and self.branch == "auto" else self.branch
-        walks = pilot_walks(branch, self.pilot, plan)
+        walks = pilot_walks(branch, self.pilot, plan, share=1 / 4, least=40, most=96)
         hot = float(plan.lam > 0)  # at λ = 0 nothing is preferred
         return Growth(
             plan,

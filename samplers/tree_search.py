@@ -44,7 +44,8 @@ class TreeSearch:
             for a flat tree, which is best-of-N.
         widening: None is Widening(1, .5), which was never far from the best; Widening(1, .3) finds
             more where late steps decide all; the paper's is Widening(2, .8).
-        parallel: leaves in flight per tree; None is a twelfth of the rollouts, 1 to 64.
+        parallel: leaves in flight per tree; None is a twelfth of the rollouts, at most 64 (a sixth
+            of few rollouts, up to 16).
         pilot: independent walks before the automatic choice; None is an eighth of the rollouts, at
             most 64, and none (the steps it usually chooses) below 48 rollouts.
 
@@ -72,7 +73,7 @@ class TreeSearch:
 
     def init(self, plan: Plan) -> Growth:
         soft = backup.log_mean_exp if plan.lam else backup.mean
-        walks = pilot_walks(self.branch, self.pilot, plan)
+        walks = pilot_walks(self.branch, self.pilot, plan, share=1 / 8, least=6, most=64)
 
         def choose(arena: Arena, node: int, u: Callable[[], float]) -> tuple[int, float]:
             width = self.c_uct * arena.scale * arena.spread()

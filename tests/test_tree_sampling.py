@@ -227,10 +227,10 @@ def test_without_noise_only_the_prior_branches():
 def test_a_common_reward_makes_a_flat_tree_and_a_rare_one_branches_late():
     _, draws = run(TreeSampling(), SD, nfe=2000)
     assert len(draws.root.unique()) == len(draws.id) == 200
-    assert set(draws.tree.step[draws.tree.parent == 0][30:].tolist()) == {10}
-    _, draws = run(TreeSampling(), RARE, nfe=2000)
+    assert set(draws.tree.step[draws.tree.parent == 0][60:].tolist()) == {10}
+    _, draws = run(TreeSampling(), 2 * RARE, nfe=2000)
     assert len(draws.id) > 300
-    assert len(draws.root.unique()) < 60
+    assert len(draws.root.unique()) < 100
     children = torch.bincount(draws.tree.parent[1:], minlength=len(draws.tree.parent))
     branching = draws.tree.step[(children > 2)]
     assert branching[1:].min() >= 4
