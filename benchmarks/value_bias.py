@@ -3,9 +3,10 @@
 The soft value V(x_t) = (1/λ) log E[exp(λ reward(x_0)) | x_t] is what steering needs. At nodes of a
 grown tree, picked in proportion to their visits (as a rollout meets them), three estimates are held
 against it: the reward of the clean guess E[x_0 | x_t], the reward of one rollout from x_t, and the
-value that the tree itself carries, by path weights and by the published rule. The truth is the
-log-mean-exp over many independent rollouts from the same state. Claim of Diffusion Tree Sampling
-(arXiv 2506.20701, section 5.1): trees have next to no bias at any step.
+value that the tree itself carries, by path weights and by the published rule, over all nodes and
+over those visited often, where a tree has had the chance to learn. The truth is the log-mean-exp
+over many independent rollouts from the same state. Claim of Diffusion Tree Sampling (arXiv
+2506.20701, section 5.1): trees have next to no bias at any step.
 
     python -m benchmarks.value_bias [--quick]
 """
@@ -30,6 +31,7 @@ from tests.exact import Checkerboard, Modes, planar_chain
 from tests.exact.estimates import average
 
 STEPS = 50
+WELL = 20  # visits
 Density = Modes | Checkerboard
 Law = Literal["path", "published"]
 LAWS: tuple[Law, ...] = ("path", "published")
@@ -56,41 +58,45 @@ def compare(
     assert tree is not None
     rows = []
     for step in sorted({int(s) for s in tree.step.unique() if 0 <= s < STEPS}):
-        errors: dict[str, list[Tensor]] = defaultdict(list)
-        spread: list[Tensor] = []
-        count: list[Tensor] = []  # of each node: how often it was picked
+        # name -> per tree: how often each node was picked, its error, its variance within
+        found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
         for r in range(trees):
             here = ((tree.row == r) & (tree.step == step) & tree.value.isfinite()).nonzero()[:, 0]
-            u = torch.full((min(nodes, len(here)),), 0.5, dtype=torch.float64)
-            picked = here[systematic(tree.visits[here].double().log(), u)]
-            picked, times = picked.unique(return_counts=True)
-            count.append(times.double())
-            x = result.states(tree.handle[picked])
-            key = child_key(root_key(1, picked), step).repeat_interleave(rollouts)
-            key = child_key(key, torch.arange(rollouts).repeat(len(picked)))
-            end = walk(model, x.repeat_interleave(rollouts, 0), step, key)
-            reward = density.reward(end).view(len(picked), rollouts)
-            truth = reward.logsumexp(1) - math.log(rollouts)
-            i = torch.full((len(x),), step)
-            clean = model.denoiser(x, model.process.time(i), torch.zeros_like(i))
-            errors["Tweedie"].append(density.reward(clean) - truth)
-            errors["one rollout"].append(reward.mean(1) - truth)
-            spread.append(reward.var(1))
-            errors[f"tree, {law}"].append(tree.value[picked] - truth)
-        weight = torch.cat(count) / torch.cat(count).sum()
-        for name, parts in errors.items():
-            error = torch.cat(parts)
+            for least in (1, WELL):
+                among = here[tree.visits[here] >= least]
+                if not len(among):
+                    continue
+                u = torch.full((min(nodes, len(among)),), 0.5, dtype=torch.float64)
+                picked = among[systematic(tree.visits[among].double().log(), u)]
+                picked, times = picked.unique(return_counts=True)
+                times = times.double()
+                x = result.states(tree.handle[picked])
+                key = child_key(root_key(1, picked), step).repeat_interleave(rollouts)
+                key = child_key(key, torch.arange(rollouts).repeat(len(picked)))
+                end = walk(model, x.repeat_interleave(rollouts, 0), step, key)
+                reward = density.reward(end).view(len(picked), rollouts)
+                truth = reward.logsumexp(1) - math.log(rollouts)
+                error, none = tree.value[picked] - truth, torch.zeros_like(truth)
+                if least == WELL:
+                    found[f"tree, {law}, {WELL}+ visits"].append((times, error, none))
+                    continue
+                found[f"tree, {law}"].append((times, error, none))
+                i = torch.full((len(x),), step)
+                clean = model.denoiser(x, model.process.time(i), torch.zeros_like(i))
+                found["Tweedie"].append((times, density.reward(clean) - truth, none))
+                found["one rollout"].append((times, reward.mean(1) - truth, reward.var(1)))
+        for name, parts in sorted(found.items()):
+            times, error, within = (torch.cat(column) for column in zip(*parts, strict=True))
+            weight = times / times.sum()
             bias = float(weight @ error)
-            variance = float(weight @ (error - bias) ** 2)
-            if name == "one rollout":
-                variance += float(weight @ torch.cat(spread))
+            variance = float(weight @ ((error - bias) ** 2 + within))
             # nodes of one tree hang together: the standard error is over trees
-            by_tree = [c @ part / c.sum() for c, part in zip(count, parts, strict=True)]
-            standard_error = average(torch.stack(by_tree))[1]
+            by_tree = torch.stack([t @ e / t.sum() for t, e, _ in parts])
             rows.append({"step": step, "name": name, "bias": bias, "variance": variance})
             print(
-                f"  step {step:3} of {STEPS}  {name:16} bias {bias:+.3f} ± {standard_error:.3f}  "
-                f"variance {variance:.3f}  ({len(error)} nodes)",
+                f"  step {step:3} of {STEPS}  {name:27} bias {bias:+.3f} ± "
+                f"{average(by_tree)[1]:.3f}  variance {variance:.3f}  "
+                f"({len(error)} nodes of {len(parts)} trees)",
                 flush=True,
             )
     return rows
@@ -115,14 +121,15 @@ def main() -> None:
             print(f"\n{name}, tree grown by the {law} rule")
             rows = compare(density, law, nfe, trees, nodes, rollouts)
             print(f"  ({time.process_time() - began:.0f} s)")
-            for kind in ("Tweedie", "one rollout", f"tree, {law}"):
+            for kind in ("Tweedie", "one rollout", f"tree, {law}", f"tree, {law}, {WELL}+ visits"):
                 if law == "published" and not kind.startswith("tree"):
                     continue
                 worst = max((abs(r["bias"]) for r in rows if r["name"] == kind), default=None)
-                figures[f"{name}, {kind}"] = worst
+                if worst is not None:
+                    figures[f"{name}, {kind}"] = worst
     print("\nlargest |bias| over steps:")
     for name, worst in figures.items():
-        print(f"  {name:30} {worst:.3f}")
+        print(f"  {name:42} {worst:.3f}")
     finish({"largest_bias": figures})
 
 
