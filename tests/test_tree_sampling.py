@@ -67,7 +67,7 @@ def test_path_weights_take_out_the_bias_of_the_published_rule():
     """Three levels that add N(0, .7²) each, 100 trees of 60 rollouts: log Z = 3 · .49 / 2."""
     sd, log_z = torch.full((3,), 0.7, dtype=torch.float64), 1.5 * 0.49
     plan = {"conditions": 100, "reward_calls": 60}
-    widening = Widening(2, 0.8)
+    widening = Widening(1, 0.5)
     path = TreeSampling(branch=(0, 1), widening=widening)
     ratio = (run(path, sd, **plan)[1].log_z - log_z).exp()
     assert abs(ratio.mean() - 1) < 3 * ratio.std() / 10  # standard error over 100 trees
