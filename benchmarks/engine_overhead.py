@@ -39,10 +39,12 @@ def cpu(run: Callable[[], int]) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer leaves and repeats")
-    quick = parser.parse_args().quick
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of each run and the network")
+    args = parser.parse_args()
+    quick = args.quick
     torch.set_num_threads(1)
     header()
-    leaves, repeats = (4, 2) if quick else (LEAVES, 7)
+    leaves, repeats = (4, 1) if quick else (LEAVES, args.repeats)
 
     pipe = zoo.load("mnist")
     single = from_pipeline(pipe, steps=STEPS)
