@@ -380,7 +380,7 @@ def main() -> None:
             break
         if not bench.path(name).exists():
             job()
-    print(f"made {len(jobs)} runs at most in {time.monotonic() - began:.0f} s")
+    print(f"{len(jobs)} runs were missing; worked on them for {time.monotonic() - began:.0f} s")
     finish(report(bench, sorted(args.nfe), args.seeds))
 
 
