@@ -175,6 +175,7 @@ class Bench:
         features, logits, counts = (tensors[k][mine] for k in ("features", "logits", "counts"))
         if name in INDEPENDENT:
             reward = score(task, logits)
+            about["log_z"] = math.nan  # unweighted walks say nothing of it
             if name == "importance":
                 weight = reward.softmax(0)
                 counts = (
