@@ -1,15 +1,17 @@
 """Which sampler gets closest to the tilted law of a real image model, for how many network rows?
 
-    python -m benchmarks.even_digits [--quick] [--nfe N ...] [--seeds S] [--pool N] [--work DIR]
-                                     [--minutes M] [--shard K/N] [--device cuda]
+    python -m benchmarks.even_digits [--quick] [--nfe N ...] [--seeds S] [--rare-seeds S]
+                                     [--pool N] [--work DIR] [--minutes M] [--shard K/N]
+                                     [--device cuda]
 
 The built-in MNIST model (50 steps, DDIM eta = 1), lam = 1, and four rewards: log p(even), log p(1),
 log p(8) under the built-in classifier, and a rare pair, 2 min(log p(4), log p(9)). The reference of
 every task is one pool of independent walks with its importance weights, in the features of the
 classifier (64 units of its hidden layer); no sampler's run shares a seed with it.
 
-Every run is kept under --work and never made twice, so a long ladder is a chain of short jobs; with
---shard several processes share the work. What is there is reported at the end.
+Distances of the rare pair scatter most, so what is compared there has more seeds. Every run is kept
+under --work, in a folder of the model's fingerprint, and never made twice, so a long ladder is a
+chain of short jobs; with --shard several processes share the work. What is there is reported.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     "dts published": lambda: TreeSampling(law="published"),
     "dts_star": lambda: TreeSearch(),
 }
+COMPARED = ("dts", "smc")  # beside independent walks, with more seeds on the rare pair
 INDEPENDENT = ("importance", "best_of_n", "unsteered")  # the same walks whatever the reward
 
 
@@ -59,9 +62,7 @@ class Drawn:
     features: Tensor  # [K, 64]
     logits: Tensor  # [K, 10]
     counts: Tensor  # [K] multiplicity among the draws
-    nfe: int
     seconds: float
-    found: int
     ess: float
     root_ess: float
     log_z: float
@@ -94,12 +95,20 @@ def look(net: Any, items: Tensor, device: str) -> tuple[Tensor, Tensor]:
 class Bench:
     """The runs of a ladder, kept in a folder."""
 
-    def __init__(self, work: Path, device: str, pool: int, seeds: int) -> None:
-        self.work, self.device, self.pool_size, self.seeds = work, device, pool, seeds
-        work.mkdir(parents=True, exist_ok=True)
+    def __init__(self, work: Path, device: str, pool: int, seeds: int, rare_seeds: int) -> None:
+        self.device, self.pool_size = device, pool
+        self._seeds, self._rare_seeds = seeds, rare_seeds
         self.net = zoo.load("mnist-classifier", device=device)
         self.model = from_pipeline(zoo.load("mnist", device=device), steps=STEPS)
+        self.work = work / self.model.name.partition("#")[2]
+        self.work.mkdir(parents=True, exist_ok=True)
         self.batch = 64 if device == "cpu" else 1024
+
+    def seeds(self, task: str, name: str) -> int:
+        """How many seeds a sampler gets on a task."""
+        if name in INDEPENDENT:
+            return max(self._seeds, self._rare_seeds)
+        return self._rare_seeds if task == "rare" and name in COMPARED else self._seeds
 
     def jobs(self, ladder: list[int]) -> list[tuple[str, Callable[[], None]]]:
         """Every piece of work that is not done yet, by its file's name: the pool, then the runs."""
@@ -116,9 +125,10 @@ class Bench:
 
     def key(self, task: str, name: str, nfe: int) -> str:
         """Name of a run's file; independent walks do not depend on the task."""
+        seeds = self.seeds(task, name)
         if name in INDEPENDENT:
             task, name = "any", "independent"
-        return f"{task}-{name.replace(' ', '_')}-{nfe}"
+        return f"{task}-{name.replace(' ', '_')}-{nfe}-{seeds}"
 
     def path(self, key: str) -> Path:
         return self.work / f"{key}.safetensors"
@@ -136,8 +146,9 @@ class Bench:
         independent = name in INDEPENDENT
         sampler = Ancestral() if independent else SAMPLERS[name]()
         reward = _nothing if independent else task_reward(task, self.net)
+        prompts = (None,) * self.seeds(task, name)
         run = sample(
-            replace(self.model, prompts=(None,) * self.seeds), reward, sampler, nfe=nfe, lam=1.0,
+            replace(self.model, prompts=prompts), reward, sampler, nfe=nfe, lam=1.0,
             draws=None if independent else 64 if name == "dts_star" else DRAWS, batch=self.batch,
             progress=False,
         )  # fmt: skip
@@ -146,9 +157,7 @@ class Bench:
     def keep(self, key: str, run: Any) -> None:
         features, logits = look(self.net, run.items, self.device)
         about = {
-            "nfe": run.spent.rows.tolist(),
-            "seconds": [run.spent.seconds / self.seeds] * self.seeds,
-            "found": run.found.tolist(),
+            "seconds": [run.spent.seconds / len(run.ess)] * len(run.ess),
             "ess": run.ess.tolist(),
             "root_ess": run.root_ess.tolist(),
             "log_z": [z if math.isfinite(z) else None for z in run.log_z.tolist()],
@@ -250,9 +259,11 @@ def _real(classes: list[int]) -> Moments:
     return Moments(centre, within + between, float(n.sum()))
 
 
-def report(bench: Bench, ladder: list[int], seeds: int) -> dict[str, Any]:
+def report(bench: Bench, ladder: list[int]) -> dict[str, Any]:
     """Print tables of what is there; the figures of the last line."""
     shards = sorted(bench.work.glob("pool-*.safetensors"))
+    if not shards:
+        raise SystemExit(f"{bench.work} holds no pool yet: give more --minutes.")
     pool = [load_file(p) for p in shards]
     features = torch.cat([p["features"] for p in pool])
     logits = torch.cat([p["logits"] for p in pool])
@@ -274,7 +285,7 @@ def report(bench: Bench, ladder: list[int], seeds: int) -> dict[str, Any]:
         )
         for name in SAMPLERS:
             for nfe in ladder:
-                runs = [bench.drawn(task, name, nfe, s) for s in range(seeds)]
+                runs = [bench.drawn(task, name, nfe, s) for s in range(bench.seeds(task, name))]
                 runs = [r for r in runs if r is not None and len(r.features) > 1]
                 if not runs:
                     continue
@@ -285,14 +296,20 @@ def report(bench: Bench, ladder: list[int], seeds: int) -> dict[str, Any]:
                 spread[task, name, nfe] = row[f"{distance}_seeds"]
     top = max(ladder)
     for group, tasks in (("common", COMMON), ("rare", ("rare",))):
-        ratios = {
-            t: statistics.mean(spread[t, "dts", top])
-            / statistics.mean(spread[t, "importance", top])
-            for t in tasks
-            if (t, "dts", top) in spread and (t, "importance", top) in spread
-        }
-        figures[f"{group}_over_importance"] = statistics.mean(ratios.values()) if ratios else None
-        figures[f"{group}_ratios"] = ratios
+        for rival in ("importance", "smc"):
+            ratios = {
+                t: _ratio(spread[t, "dts", top], spread[t, rival, top])
+                for t in tasks
+                if (t, "dts", top) in spread and (t, rival, top) in spread
+            }
+            means = [mean for mean, _ in ratios.values()]
+            errors = math.hypot(*(error for _, error in ratios.values())) / max(len(ratios), 1)
+            name = f"{group}_over_{rival}"
+            figures[name] = statistics.mean(means) if means else None
+            figures[f"{name}_error"] = errors
+            figures[f"{name}_by_task"] = ratios
+            if means:
+                print(f"\n{name} at {top} rows: {figures[name]:.3f} ± {errors:.3f}")
     print("\nNFE factor of dts: NFE at which the other has dts's distance, over dts's NFE")
     factors = {
         f"{task}/{name}": _factor(curves[task, "dts"], curves[task, name])
@@ -303,6 +320,15 @@ def report(bench: Bench, ladder: list[int], seeds: int) -> dict[str, Any]:
     for pair, factor in factors.items():
         print(f"  {pair:24s} {factor}")
     return {**figures, "nfe_factor": factors}
+
+
+def _ratio(mine: list[float], other: list[float]) -> tuple[float, float]:
+    """Ratio of two means and its standard error, to first order."""
+    (a, da), (b, db) = (
+        (statistics.mean(v), statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else math.nan)
+        for v in (mine, other)
+    )
+    return a / b, abs(a / b) * math.hypot(da / a, db / b)
 
 
 def _row(task: str, name: str, nfe: int, runs: list[Drawn], reference: Reference) -> dict[str, Any]:
@@ -361,6 +387,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few minutes' worth in one")
     parser.add_argument("--nfe", type=int, nargs="+", default=[3000, 10_000, 30_000])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rare-seeds", type=int, default=6)
     parser.add_argument("--pool", type=int, default=20_000)
     parser.add_argument("--work", type=Path, default=Path("runs/even_digits"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop starting runs after")
@@ -368,12 +395,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.quick:
-        args.nfe, args.seeds, args.pool = [1000], 1, 200
+        args.nfe, args.seeds, args.rare_seeds, args.pool = [1000], 1, 1, 200
         args.work = args.work.with_name(args.work.name + "-quick")
     torch.set_num_threads(1)
     header()
     began = time.monotonic()
-    bench = Bench(args.work, args.device, args.pool, args.seeds)
+    bench = Bench(args.work, args.device, args.pool, args.seeds, args.rare_seeds)
     k, n = (int(v) for v in args.shard.split("/"))
     jobs = bench.jobs(args.nfe)[k::n]
     for name, job in jobs:
@@ -382,7 +409,7 @@ def main() -> None:
         if not bench.path(name).exists():
             job()
     print(f"{len(jobs)} runs were missing; worked on them for {time.monotonic() - began:.0f} s")
-    finish(report(bench, sorted(args.nfe), args.seeds))
+    finish(report(bench, sorted(args.nfe)))
 
 
 if __name__ == "__main__":
