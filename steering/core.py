@@ -66,7 +66,7 @@ class Process(Protocol):
         ...
 
     def time(self, i: Tensor) -> Tensor:
-        """[N] network times of steps i [N], on i's device."""
+        """[N] network times of steps i [N], on the chain's device."""
         ...
 
     def transition(self, x: Tensor, i: Tensor, clean: Tensor) -> Transition:
@@ -119,8 +119,7 @@ class Guidance(Protocol):
         ...
 
     def rows(self, i: Tensor) -> Tensor:
-        """Network rows that `propose` costs at steps i [N], over a plain step's one call: [N] int64
-        factor (1: one denoiser call)."""
+        """How many denoiser calls `propose` makes at steps i [N]: [N] int64."""
         ...
 
 

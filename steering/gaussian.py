@@ -216,7 +216,13 @@ class GaussianProcess:
         return NormalTransition(mean, std)
 
     def to(self, device: torch.device | str) -> GaussianProcess:
-        """The same chain with its tables on another device."""
+        """The same chain with its tables on another device.
+
+        Raises:
+            ValueError: a device without float64, which the tables are kept in.
+        """
+        if torch.device(device).type == "mps":
+            raise ValueError(f"device={str(device)!r} has no float64: use cuda or cpu.")
         kernel = Kernel(*(table.to(device) for table in vars(self.kernel).values()))
         tables = {name: getattr(self, name).to(device) for name in ("times", "alpha", "sigma")}
         return replace(self, kernel=kernel, **tables)

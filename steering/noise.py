@@ -1,4 +1,7 @@
-"""Keyed noise: what is drawn is a pure function of a key, whatever the batch, order or device.
+"""Keyed noise: what is drawn is a pure function of a key, whatever the batch or the order.
+
+Keys and uniforms are equal to the bit on every device, normal noise up to a device's own rounding
+of logarithm and cosine.
 
 One primitive, Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
 written in integer tensor operations, so that rows of one batch may carry different keys. The 64
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -102,18 +106,26 @@ def _philox(key: Tensor, blocks: int, stream: int) -> Tensor:
     return _rounds(key, counter)
 
 
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Philox' multipliers [2, 1, 1] and what each round adds to the key [10, 2, 1].
+
+    Kept per device: copying them anew would make the host wait for an accelerator at every draw.
+    """
+    multiplier = torch.tensor([0xD2511F53, 0xCD9E8D57], device=device).view(2, 1, 1)
+    weyl = torch.tensor([0x9E3779B9, 0xBB67AE85], device=device).view(2, 1)
+    return multiplier, weyl * torch.arange(10, device=device).view(10, 1, 1)
+
+
 def _rounds(key: Tensor, counter: Tensor) -> Tensor:
     """The cipher: key [N], counter [4, N, B] of 32-bit words -> [4, N, B] words.
 
     Words 0 and 2 of the counter are multiplied, 1 and 3 are not: each pair is one tensor, since
     for the few hundred words of a small batch the number of operations is what costs.
     """
-    device = key.device
-    multiplier = torch.tensor([0xD2511F53, 0xCD9E8D57], device=device).view(2, 1, 1)
-    weyl = torch.tensor([0x9E3779B9, 0xBB67AE85], device=device).view(2, 1)
-    round_ = torch.arange(10, device=device).view(10, 1, 1)
+    multiplier, weyl = _constants(key.device)
     halves = torch.stack([key & _MASK, (key >> 32) & _MASK])  # [2, N]
-    round_keys = ((halves + weyl * round_) & _MASK)[..., None]  # [10, 2, N, 1]
+    round_keys = ((halves + weyl) & _MASK)[..., None]  # [10, 2, N, 1]
     multiplied, kept = counter[0::2], counter[1::2]  # [2, N, B] each
     for k in round_keys.unbind():
         # int64 products wrap, but their 64 bits are those of the unsigned product

@@ -9,9 +9,22 @@ import pytest
 import scipy.linalg
 import torch
 
-from steering.metrics import Moments, diversity, frechet, mmd
+from steering.metrics import (
+    Moments,
+    cmmd,
+    diversity,
+    frechet,
+    kid,
+    kl,
+    manifold,
+    mmd,
+    total_variation,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:Fréchet distance from")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Fréchet distance from"),
+    pytest.mark.filterwarnings("ignore:precision and recall from"),
+]
 
 
 def normal(n, d=4, seed=0, mean=0.0, scale=1.0):
@@ -90,6 +103,22 @@ def test_weighted_moments_of_repeats_are_those_of_the_repeated_set():
     torch.testing.assert_close(Moments.of(x).covariance, torch.cov(x.T))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_merged_shards_are_the_moments_of_one_pass(weighted):
+    x = normal(100, 6, scale=3.0, mean=50.0)
+    weights = normal(100, 1, 1)[:, 0].exp() if weighted else None
+    whole = Moments.of(x, weights)
+    sizes = [2, 41, 7, 50]
+    weights_of = [None] * 4 if weights is None else list(weights.split(sizes))
+    shards = [Moments.of(a, w) for a, w in zip(x.split(sizes), weights_of, strict=True)]
+    ours = shards[0].merged(shards[1]).merged(shards[2].merged(shards[3]))
+    # float64 sums of numbers of order 50² over 100 items
+    torch.testing.assert_close(ours.mean, whole.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.covariance, whole.covariance, rtol=0, atol=1e-11)
+    assert ours.n == pytest.approx(whole.n, rel=1e-12)
+    assert ours.weight == pytest.approx(whole.weight, rel=1e-12)
+
+
 def test_frechet_names_its_extractor_and_its_numbers():
     text = str(frechet(normal(30), normal(40, seed=1), extractor="mnist-classifier"))
     assert "mnist-classifier" in text
@@ -152,6 +181,102 @@ def test_mmd_does_not_depend_on_the_block_size(monkeypatch):
     assert whole.bandwidth == pytest.approx(float(upper.median()), rel=1e-9)
 
 
+def test_kid_is_the_mean_over_all_pairs():
+    x, y = normal(8, 3), normal(6, 3, 1, 0.5)
+
+    def kernel(a, b):
+        return (float(a @ b) / 3 + 1) ** 3
+
+    def within(z):
+        return np.mean([kernel(a, b) for i, a in enumerate(z) for b in z[:i]])
+
+    across = np.mean([kernel(a, b) for a in x for b in y])
+    ours = kid(x, y, extractor="pixels")
+    assert ours.value == pytest.approx(within(x) + within(y) - 2 * across, rel=1e-12)
+    assert all(part in str(ours) for part in ("KID", "cubic", "pixels", "8 against 6"))
+
+
+def test_kid_agrees_with_torchmetrics():
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    class Pixels(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    a, b = (torch.rand(40, 3, 2, 2, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    # one subset that holds everything: the same unbiased estimator without its randomness
+    theirs = KernelInceptionDistance(feature=Pixels(), subsets=1, subset_size=40, normalize=True)
+    theirs.update(a, real=True)
+    theirs.update(b**2, real=False)
+    ours = kid(a.flatten(1), (b**2).flatten(1), extractor="pixels")
+    # theirs is computed in float32, from kernel values of order 1
+    assert float(ours) == pytest.approx(float(theirs.compute()[0]), abs=1e-5)
+
+
+def test_cmmd_is_the_mmd_of_directions():
+    x, y = normal(30, 3), normal(40, 3, 1, 0.5)
+    ours = cmmd(x, 5 * y, extractor="clip")
+    unit = [z / z.norm(dim=1, keepdim=True) for z in (x, y)]
+    assert ours.value == pytest.approx(1000 * mmd(unit[0], unit[1], bandwidth=10.0).value)
+    assert "CMMD" in str(ours)
+
+
+def test_weighted_kernels_of_equal_weights_are_the_plain_ones():
+    x, y = normal(30, 3), normal(40, 3, 1)
+    for distance in (kid, cmmd, mmd):
+        plain = distance(x, y, extractor="x").value
+        weighted = distance(x, y, extractor="x", weights_x=torch.full((30,), 7.0)).value
+        assert weighted == pytest.approx(plain, rel=1e-9)
+
+
+def test_manifold_of_one_law_is_the_closed_form():
+    # Naeem et al., lemma 2: E coverage = 1 - C(2n-1-k, n) / C(2n-1, n), whatever the law
+    n, k = 40, 5
+    expected = 1 - math.comb(2 * n - 1 - k, n) / math.comb(2 * n - 1, n)
+    runs = [
+        manifold(normal(n, 3, 2 * s), normal(n, 3, 2 * s + 1), extractor="x", k=k)
+        for s in range(60)
+    ]
+    for values, mean in (
+        ([r.coverage for r in runs], expected),
+        ([r.density for r in runs], 1.0),  # each ball holds k of n others, so k of n strangers
+    ):
+        error = np.std(values, ddof=1) / math.sqrt(len(values))
+        assert abs(np.mean(values) - mean) < 3 * error
+        assert error < 0.02
+
+
+def test_manifold_tells_quality_from_variety():
+    real = torch.cat([normal(60, 2, 0), normal(60, 2, 1, 20.0)])
+    one_mode = normal(120, 2, 2)
+    r = manifold(real, one_mode, extractor="x", k=3)
+    assert r.precision > 0.9
+    assert r.recall < 0.6
+    assert r.coverage < 0.6
+    junk = manifold(real, normal(120, 2, 3, -50.0), extractor="x", k=3)
+    assert (junk.precision, junk.recall, junk.density, junk.coverage) == (0, 0, 0, 0)
+    swapped = manifold(one_mode, real, extractor="x", k=3)
+    assert (swapped.precision, swapped.recall) == (r.recall, r.precision)
+
+
+def test_manifold_does_not_depend_on_the_block_size(monkeypatch):
+    sets = normal(50), normal(70, seed=1)
+    whole = manifold(*sets, extractor="x")
+    monkeypatch.setattr(sys.modules["steering.metrics.manifold"], "_BLOCK", 7)
+    assert manifold(*sets, extractor="x") == whole
+
+
+def test_exact_divergences_are_the_closed_forms():
+    p, q = torch.tensor([0.5, 0.5, 0.0]).log(), torch.tensor([0.25, 0.5, 0.25]).log()
+    assert kl(p, q) == pytest.approx(0.5 * math.log(2))
+    assert kl(q, p) == math.inf
+    assert total_variation(p, q) == pytest.approx(0.25)
+    assert kl(p, p) == total_variation(p, p) == 0
+    assert kl(p + 700, q - 700) == pytest.approx(0.5 * math.log(2))  # need not be normalised
+
+
 def test_mmd_says_what_it_is():
     text = str(mmd(normal(5), normal(6, seed=1), extractor="pixels"))
     for part in ("unbiased", "RBF", "pixels", "5 against 6"):
@@ -183,6 +308,15 @@ def test_diversity_is_the_mean_over_pairs():
         (lambda: mmd(normal(9), normal(9, 3)), "4 dimensions and y has 3"),
         (lambda: mmd(normal(9), normal(9), bandwidth=0.0), "bandwidth"),
         (lambda: mmd(torch.ones(9, 2), torch.ones(9, 2)), "median"),
+        (lambda: Moments.of(normal(3)).merged(Moments.of(normal(3, 3))), "use one extractor"),
+        (lambda: kid(normal(9), normal(9), extractor=""), "extractor"),
+        (lambda: cmmd(torch.zeros(9, 4), normal(9), extractor="x"), "zeros"),
+        (lambda: manifold(normal(5), normal(9), extractor="x"), "k=5 neighbours of 5"),
+        (lambda: manifold(normal(9), normal(9), extractor="x", k=0), "k=0"),
+        (lambda: manifold(normal(9), normal(9, 3), extractor="x"), "4 dimensions and"),
+        (lambda: kl(torch.tensor([0.0, math.nan]), torch.zeros(2)), "log_p holds nan"),
+        (lambda: kl(torch.zeros(3), torch.zeros(2)), "3 states and log_q has 2"),
+        (lambda: total_variation(torch.zeros(2), torch.full((2,), -math.inf)), "log_q has no"),
         (lambda: diversity(torch.zeros(3, 2), extractor="x"), "zeros"),
         (lambda: diversity(normal(1), extractor="x"), "has 1 item"),
         (lambda: diversity(normal(3), extractor=None), "extractor"),

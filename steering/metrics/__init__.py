@@ -1,10 +1,29 @@
-"""How far two sets of samples are apart, and how much one set varies.
+"""How far two sets of samples are apart, how much one set varies, and exact divergences.
 
-All of them work on features that the caller extracted, and say with which extractor.
+All but the exact ones work on features that the caller extracted, and say with which extractor.
 """
 
 from steering.metrics.diversity import Diversity, diversity
+from steering.metrics.exact import kl, total_variation
+from steering.metrics.extractors import Extractor, extractor
 from steering.metrics.frechet import Frechet, Moments, frechet
-from steering.metrics.mmd import MMD, mmd
+from steering.metrics.manifold import Manifold, manifold
+from steering.metrics.mmd import MMD, cmmd, kid, mmd
 
-__all__ = ["MMD", "Diversity", "Frechet", "Moments", "diversity", "frechet", "mmd"]
+__all__ = [
+    "MMD",
+    "Diversity",
+    "Extractor",
+    "Frechet",
+    "Manifold",
+    "Moments",
+    "cmmd",
+    "diversity",
+    "extractor",
+    "frechet",
+    "kid",
+    "kl",
+    "manifold",
+    "mmd",
+    "total_variation",
+]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from steering.metrics.features import checked
+from steering.metrics.features import checked, named
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ def diversity(features: Tensor, *, extractor: str) -> Diversity:
     Raises:
         ValueError: N < 2, values that are not finite, a row of zeros, no extractor named.
     """
-    if not isinstance(extractor, str) or not extractor:
-        raise ValueError(f"extractor={extractor!r}: name what made the features.")
+    named(extractor)
     x = checked("features", features)
     length = x.norm(dim=1, keepdim=True)
     if not (length > 0).all():

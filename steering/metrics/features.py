@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 
+def named(extractor: str) -> str:
+    """The extractor's name; a distance without one means nothing.
+
+    Raises:
+        ValueError: no name.
+    """
+    if not isinstance(extractor, str) or not extractor:
+        raise ValueError(f"extractor={extractor!r}: name what made the features.")
+    return extractor
+
+
 def checked(name: str, features: Tensor) -> Tensor:
     """Features [N, d] as float64 on the CPU.
 

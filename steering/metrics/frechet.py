@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steering.metrics.features import checked, shares
+from steering.metrics.features import checked, named, shares
 
 _FEW = 2048  # below this the distance of two equal laws is mostly bias; the usual FID uses 50,000
 
@@ -19,7 +19,8 @@ class Moments:
 
     mean: Tensor  # [d] float64
     covariance: Tensor  # [d, d] float64
-    n: float  # items; with weights, the effective number 1 / sum of squared shares
+    n: float  # items; with weights, the effective number (sum w)² / sum w²
+    weight: float | None = None  # sum of the weights; None = n, every item weighs 1
 
     @staticmethod
     def of(features: Tensor, weights: Tensor | None = None) -> Moments:
@@ -39,7 +40,32 @@ class Moments:
         centred = x - mean
         squares = float(w @ w)
         covariance = (centred * w[:, None]).T @ centred / (1 - squares)
-        return Moments(mean, covariance, 1 / squares)
+        total = len(x) if weights is None else float(torch.as_tensor(weights).double().sum())
+        return Moments(mean, covariance, 1 / squares, total)
+
+    def merged(self, other: Moments) -> Moments:
+        """Moments of the two sets together, as if they had been one.
+
+        With W = sum w, n = W² / sum w² and d = m_a - m_b of disjoint sets a and b:
+        m = (W_a m_a + W_b m_b) / W and
+        W (1 - 1/n) C = W_a (1 - 1/n_a) C_a + W_b (1 - 1/n_b) C_b + (W_a W_b / W) d d'.
+        Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance".
+
+        Raises:
+            ValueError: dimensions differ.
+        """
+        if len(self.mean) != len(other.mean):
+            raise ValueError(
+                f"other has {len(other.mean)} features, these {len(self.mean)}: use one extractor."
+            )
+        a, b = (s.n if s.weight is None else s.weight for s in (self, other))
+        total = a + b
+        n = total**2 / (a**2 / self.n + b**2 / other.n)
+        apart = self.mean - other.mean
+        scatter = a * (1 - 1 / self.n) * self.covariance + b * (1 - 1 / other.n) * other.covariance
+        scatter = scatter + a * b / total * torch.outer(apart, apart)
+        mean = (a * self.mean + b * other.mean) / total
+        return Moments(mean, scatter / (total * (1 - 1 / n)), n, total)
 
 
 @dataclass(frozen=True)
@@ -72,8 +98,7 @@ def frechet(a: Tensor | Moments, b: Tensor | Moments, *, extractor: str) -> Frec
     Raises:
         ValueError: N < 2, values that are not finite, dimensions that differ, no extractor named.
     """
-    if not isinstance(extractor, str) or not extractor:
-        raise ValueError(f"extractor={extractor!r}: name what made the features.")
+    named(extractor)
     first, second = (side if isinstance(side, Moments) else Moments.of(side) for side in (a, b))
     if len(first.mean) != len(second.mean):
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from numbers import Real
 from typing import Any
 
 from steering.core import Model
@@ -59,7 +60,15 @@ def from_pipeline(
             f"pipe is a {type(pipe).__name__}, which is not supported: give one of "
             f"{', '.join(FAMILIES)}, or put a steering.Model together by hand."
         )
-    if guidance_scale is not None and not isinstance(guidance_scale, (int, float)):
+    hooked = [name for name, part in pipe.components.items() if hasattr(part, "_hf_hook")]
+    if hooked:
+        raise ValueError(
+            f"pipe has {', '.join(hooked)} under offload hooks, which is not supported: networks "
+            "would move while they are used. Call pipe.remove_all_hooks() and pipe.to(device)."
+        )
+    if isinstance(guidance_scale, (int, float, Real)):
+        guidance_scale = float(guidance_scale)
+    elif guidance_scale is not None:
         guidance_scale = as_tuple("guidance_scale", guidance_scale)
     request = Request(
         steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_LOOKED_AT = 16  # numbers of each weight that a fingerprint rests on
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,13 @@ class Request:
             )
 
     def describe(self, pipe: Any) -> str:
-        """The pipeline's class and what was asked of it: records of other models differ in it."""
+        """The pipeline's class, what was asked of it, and a fingerprint of its network and
+        scheduler: records of other models differ in it."""
         own = ("steps", "prompts")  # records hold these apart
         asked = {k: v for k, v in vars(self).items() if k not in own and v is not None}
         settings = ", ".join(f"{k}={v}" for k, v in asked.items())
-        return type(pipe).__name__ + (f"({settings})" if settings else "")
+        asked_for = f"({settings})" if settings else ""
+        return f"{type(pipe).__name__}{asked_for}#{_fingerprint(pipe)}"
 
     def scales(self, default: float) -> Tensor:
         """[R] float32 guidance scales."""
@@ -84,12 +89,26 @@ class Request:
         return sizes
 
 
+def _fingerprint(pipe: Any) -> str:
+    """Eight hexadecimal digits of a few numbers from every weight, and of the scheduler."""
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    some = [
+        p.detach().flatten()[:: max(1, p.numel() // _LOOKED_AT)].to("cpu", torch.float64)
+        for p in network.parameters()
+    ]
+    config = sorted(c for c in pipe.scheduler.config.items() if not c[0].startswith("_"))
+    told = repr((type(pipe.scheduler).__name__, config)).encode()
+    return hashlib.blake2b(told + torch.cat(some).numpy().tobytes(), digest_size=4).hexdigest()
+
+
 def as_tuple(name: str, values: Sequence[Any] | None) -> tuple[Any, ...] | None:
     """A list argument as a tuple; a bare text is the commonest mistake."""
     if values is None:
         return None
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    if isinstance(values, str):
         raise ValueError(f"{name}={values!r} is no list: give [{values!r}].")
+    if not isinstance(values, Sequence):
+        raise ValueError(f"{name} is a {type(values).__name__}: give a list.")
     if len(values) == 0:
         raise ValueError(f"{name} is empty: give at least one, or leave it out.")
     return tuple(values)

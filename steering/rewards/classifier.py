@@ -56,7 +56,7 @@ class Classifier(Composable):
 
     def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
         weights = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
-        logits = self.net(items if weights is None else items.to(weights.device))
+        logits = self.net(items if weights is None else items.to(weights.device, weights.dtype))
         if logits.ndim != 2 or logits.shape[1] <= max(self.classes):
             raise TypeError(
                 f"net returned shape {tuple(logits.shape)} and classes={self.classes}: it must "

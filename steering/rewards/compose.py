@@ -102,8 +102,9 @@ class Minimum(Composable):
         return f"min({', '.join(_name(reward) for reward in self.rewards)})"
 
     def __call__(self, items: Any, prompts: Sequence[Any]) -> Tensor:
-        scores = [_scores(reward, items, prompts) for reward in self.rewards]
-        return torch.stack(scores).amin(0)  # a nan stays nan
+        scores = torch.stack([_scores(reward, items, prompts) for reward in self.rewards])
+        # an infinite part has failed, and must not hide behind a finite one
+        return scores.amin(0).where(scores.isfinite().all(0), torch.nan)
 
 
 def _terms(reward: Any) -> tuple[tuple[float, Reward], ...]:
@@ -119,7 +120,8 @@ def _scores(reward: Reward, items: Any, prompts: Sequence[Any]) -> Tensor:
     """[N] on the items' device; None counts as failed (nan)."""
     value = reward(items, prompts)
     if not isinstance(value, Tensor):
-        value = torch.tensor([math.nan if v is None else float(v) for v in value])
+        numbers = [math.nan if v is None else float(v) for v in value]
+        value = torch.tensor(numbers, dtype=torch.float64)
     if tuple(value.shape) != (len(prompts),):
         raise TypeError(
             f"reward {_name(reward)} returned shape {tuple(value.shape)} for {len(prompts)} items: "

@@ -30,7 +30,7 @@ class Jpeg(Composable):
     differentiable: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.quality, bool) or self.quality not in range(1, 96):
+        if type(self.quality) is not int or self.quality not in range(1, 96):
             raise ValueError(f"quality={self.quality!r}: give a whole number from 1 to 95.")
 
     @property

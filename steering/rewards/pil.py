@@ -34,7 +34,7 @@ class FromPil(Composable):
         shown = items.detach().flatten(1).isfinite().all(1).nonzero().flatten().tolist()
         images = to_pil(items.detach()[shown])
         given = (images, [prompts[k] for k in shown])[: _arguments(self.function)]
-        values = self.function(*given)
+        values = self.function(*given) if shown else []
         if len(values) != len(shown):
             raise TypeError(
                 f"reward {self.name} returned {len(values)} numbers for {len(shown)} images: "
@@ -54,7 +54,8 @@ def from_pil(function: Callable[..., Sequence[float | None] | Tensor]) -> FromPi
     ...     return [-sum(image.convert("L").histogram()[128:]) for image in images]
 
     Args:
-        function: (list of n PIL images[, list of n prompts]) -> n numbers, higher is better.
+        function: (list of n PIL images[, list of n prompts]) -> n numbers, higher is better. A
+            second parameter with a default gets prompts only if that is its name.
     """
     if not callable(function) or _arguments(function) == 0:
         raise TypeError(
@@ -81,4 +82,6 @@ def _arguments(function: Callable) -> int:
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return 2
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return min(len(positional), 2)
+    # a second one with a default of its own is a setting, unless it is named for prompts
+    wanted = [p for p in positional[1:2] if p.default is p.empty or p.name == "prompts"]
+    return len(positional[:1]) + len(wanted)
