@@ -1,7 +1,9 @@
-"""Static pictures for files and notebooks, drawn with Pillow alone."""
+"""Pictures for files and notebooks, drawn with Pillow alone, and a page to look into a tree."""
 
 from samplers.view.curve import curve
 from samplers.view.grid import image_grid
+from samplers.view.page import tree_page
+from samplers.view.strip import strip
 from samplers.view.tree import tree_picture
 
-__all__ = ["curve", "image_grid", "tree_picture"]
+__all__ = ["curve", "image_grid", "strip", "tree_page", "tree_picture"]

@@ -14,13 +14,14 @@ from samplers.result import Result
 from samplers.view.curve import curve
 from samplers.view.grid import image_grid
 from samplers.view.ink import number
+from samplers.view.page import tree_page
 from samplers.view.tree import tree_picture
 
 _MOST_IN_GRID, _MOST_TREES = 64, 4
 
 
 def write_files(result: Result, folder: Path, settings: dict[str, Any]) -> list[Path]:
-    """Write grid.png, images/, tree.png, curve.png and result.json.
+    """Write grid.png, images/, tree.png, tree.html, curve.png and result.json.
 
     Args:
         result: items must be images.
@@ -56,7 +57,8 @@ def draws_picture(result: Result, path: Path, title: str | None = None) -> Path:
 
 
 def trees(result: Result, folder: Path, title: str = "") -> list[Path]:
-    """tree.png, or tree-0.png, tree-1.png, ... of the first conditions; none without a tree."""
+    """tree.html of all conditions, and tree.png, or tree-0.png, tree-1.png, ... of the first ones;
+    none without a tree that has a leaf."""
     if result.tree is None:
         return []
     conditions, written = len(result.tree.ended), []
@@ -65,6 +67,12 @@ def trees(result: Result, folder: Path, title: str = "") -> list[Path]:
             path = folder / ("tree.png" if conditions == 1 else f"tree-{r}.png")
             tree_picture(result.tree, result.thumbnails, condition=r, title=title).save(path)
             written.append(path)
+    if result.tree.reward.isfinite().any():
+        asked = dict(zip(result.rows.tolist(), result.prompts, strict=True))
+        prompts = [asked.get(r, f"condition {r}, nothing found") for r in range(conditions)]
+        page = tree_page(result.tree, result.thumbnails, prompts=prompts, title=title)
+        written.append(folder / "tree.html")
+        written[-1].write_text(page, encoding="utf-8")
     return written
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +12,7 @@ from torch import Tensor
 from steering.rewards.pil import to_pil
 
 Colour = tuple[int, int, int]
+Thumbnails = Callable[[Tensor], Sequence[Image.Image] | Tensor]  # of the states of handles [N]
 
 INK: Colour = (38, 38, 42)
 FAINT: Colour = (140, 140, 148)
@@ -27,7 +28,7 @@ SERIES: tuple[Colour, ...] = (
     (86, 180, 233),
 )
 # viridis at nine even stops (Smith & van der Walt 2015): even in lightness, also without colour
-_VIRIDIS: tuple[Colour, ...] = (
+VIRIDIS: tuple[Colour, ...] = (
     (68, 1, 84),
     (71, 45, 123),
     (59, 82, 139),
@@ -44,9 +45,9 @@ def viridis(share: float) -> Colour:
     """Colour of a share in [0, 1], dark to light; nan is gray."""
     if math.isnan(share):
         return (190, 190, 196)
-    at = min(max(share, 0.0), 1.0) * (len(_VIRIDIS) - 1)
-    low = min(int(at), len(_VIRIDIS) - 2)
-    a, b = _VIRIDIS[low], _VIRIDIS[low + 1]
+    at = min(max(share, 0.0), 1.0) * (len(VIRIDIS) - 1)
+    low = min(int(at), len(VIRIDIS) - 2)
+    a, b = VIRIDIS[low], VIRIDIS[low + 1]
     r, g, b = (round(x + (at - low) * (y - x)) for x, y in zip(a, b, strict=True))
     return (r, g, b)
 
@@ -78,6 +79,19 @@ def write(
 def pictures(images: Sequence[Image.Image] | Tensor) -> list[Image.Image]:
     """PIL images from PIL images or from a tensor [N, 1 or 3, H, W] in [0, 1]."""
     return to_pil(images) if isinstance(images, Tensor) else list(images)
+
+
+def kept(thumbnails: Thumbnails, handles: Tensor) -> list[Image.Image | None]:
+    """Images of handles [N]; None for a state that was let go, whose handle raises KeyError."""
+    if not len(handles):
+        return []
+    try:
+        return [*pictures(thumbnails(handles))]
+    except KeyError:  # halves find out whose: those of one step went together
+        if len(handles) == 1:
+            return [None]
+        half = len(handles) // 2
+        return kept(thumbnails, handles[:half]) + kept(thumbnails, handles[half:])
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:

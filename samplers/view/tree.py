@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
 
-from samplers.view.ink import FAINT, INK, PAPER, fit, number, pictures, viridis, write
+from samplers.view.ink import FAINT, INK, PAPER, Thumbnails, fit, kept, number, viridis, write
 from search.tree import Tree
 
 _SCALE = 2  # drawn twice as large and averaged, for smooth lines
 _MARGIN, _HEAD, _FOOT, _TEXT = 24, 64, 60, 11
 _WIDEST = 11  # pixels of the edge that every rollout passed
-
-Thumbnails = Callable[[Tensor], Sequence[Image.Image] | Tensor]
 
 
 def tree_picture(
@@ -63,7 +59,7 @@ def tree_picture(
     images = {}
     if thumbnails is not None:
         nodes = shown[1:]
-        found = _kept(thumbnails, tree.handle[torch.tensor(nodes)])
+        found = kept(thumbnails, tree.handle[torch.tensor(nodes)])
         images = {
             n: fit(image, size * _SCALE)
             for n, image in zip(nodes, found, strict=True)
@@ -116,15 +112,6 @@ def tree_picture(
     _head(draw, tree, title, levels, column, size)
     _legend(draw, low, high, all_visits, height)
     return sheet.resize((width, round(height)), Image.Resampling.LANCZOS)
-
-
-def _kept(thumbnails: Thumbnails, handles: Tensor) -> list[Image.Image | None]:
-    try:
-        return [*pictures(thumbnails(handles))]
-    except KeyError:  # find out whose: samplers let go of states that nothing will branch from
-        if len(handles) == 1:
-            return [None]
-        return [image for handle in handles.split(1) for image in _kept(thumbnails, handle)]
 
 
 def _shown(tree: Tree, condition: int, leaves: int) -> list[int]:

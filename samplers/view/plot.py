@@ -1,0 +1,116 @@
+"""Compute against quality: one panel per task, one line per sampler, intervals as bars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from samplers.table import Point, Row, points
+
+# Okabe and Ito's colours, told apart by the colour-blind; markers and dashes tell lines apart in
+# black and white
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX"
+_DASHES = ("-", "--", "-.", ":")
+_AXES = {"nfe": "network rows per prompt", "seconds": "seconds per run and prompt"}
+
+
+def plot(
+    rows: Sequence[Row],
+    path: str | Path,
+    metric: str,
+    *,
+    against: str = "nfe",
+    note: str = "",
+) -> Path:
+    """Draw a figure of a sweep against compute, with 95 % intervals over seeds and prompts.
+
+    Args:
+        rows: from `samplers.table.read`.
+        path: file to write; its ending says the format: .png, .pdf or .svg.
+        metric: a column, as for `samplers.table.points`.
+        against: "nfe", network rows, or "seconds"; both on a logarithmic axis.
+        note: a line below the panels, for instance the extractor.
+
+    Raises:
+        ValueError: no row has the metric, or no time is known.
+        ImportError: matplotlib is not installed.
+    """
+    if against not in _AXES:
+        raise ValueError(f"against={against!r}: give nfe or seconds.")
+    found = points(rows, metric)
+    if against == "seconds":
+        found = [p for p in found if math.isfinite(p.seconds)]
+        if not found:
+            raise ValueError("seconds are not known: every run went on from its record.")
+    plt = _pyplot()
+    tasks = list(dict.fromkeys(p.task for p in found))
+    samplers = list(dict.fromkeys(p.sampler for p in found))
+    columns = min(len(tasks), 3)
+    lines = math.ceil(len(tasks) / columns)
+    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = plt.subplots(
+            lines, columns, figsize=(1.2 + 3.2 * columns, 0.9 + 2.7 * lines), squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for axis in axes.flat[len(tasks) :]:
+            axis.set_visible(False)
+        for task, axis in zip(tasks, axes.flat, strict=False):
+            _panel(axis, [p for p in found if p.task == task], samplers, against)
+            axis.set_title(task, loc="left", fontweight="bold")
+        for line in range(lines):
+            axes[line, 0].set_ylabel(metric)
+        for axis in axes[-1]:
+            axis.set_xlabel(_AXES[against])
+        handles = {}
+        for axis in axes.flat:
+            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        figure.legend(
+            [handles[s] for s in samplers], samplers, loc="outside lower center",
+            ncols=min(len(samplers), 5), frameon=False, title=note or None,
+        )  # fmt: skip
+        figure.savefig(path, dpi=160)
+        plt.close(figure)
+    return Path(path)
+
+
+def _panel(axis: Any, found: Sequence[Point], samplers: Sequence[str], against: str) -> None:
+    for k, sampler in enumerate(samplers):
+        mine = sorted((p for p in found if p.sampler == sampler), key=lambda p: p.nfe)
+        if not mine:
+            continue
+        x = [getattr(p, against) for p in mine]
+        # lines of one budget would hide each other's bars: each stands a little aside
+        x = [v * 1.025 ** (k - (len(samplers) - 1) / 2) for v in x]
+        bars = [[_finite(p.mean - p.low) for p in mine], [_finite(p.high - p.mean) for p in mine]]
+        axis.errorbar(
+            x, [p.mean for p in mine], yerr=bars, label=sampler, color=_COLOURS[k % 7],
+            marker=_MARKERS[k % 7], linestyle=_DASHES[k // 7 % 4 if k >= 7 else k % 4],
+            markersize=4.5, linewidth=1.4, elinewidth=1, capsize=2,
+        )  # fmt: skip
+    axis.set_xscale("log")
+    if all(p.mean > 0 and not p.low <= 0 for p in found):
+        spread = max(p.mean for p in found) / min(p.mean for p in found)
+        if spread > 5:
+            axis.set_yscale("log")
+    axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
+
+
+def _finite(width: float) -> float:
+    """Length of half a bar; 0 where there is no interval."""
+    return max(width, 0.0) if math.isfinite(width) else 0.0
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            'plots need matplotlib: pip install "diffusion-steering[plot]".'
+        ) from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
