@@ -1,0 +1,220 @@
+"""Which sampler, with which settings, for this model and this reward? A counted pilot answers.
+
+Most users need importance sampling or best-of-N, and deserve to be told.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from samplers import branching
+from samplers.best_of_n import BestOfN
+from samplers.core import Budget, Sampler
+from samplers.engine import Engine, Settings
+from samplers.importance import Importance
+from samplers.probe import Probe, Probing
+from samplers.progress import Progress
+from samplers.smc import SMC
+from samplers.tree_sampling import TreeSampling
+from samplers.tree_search import TreeSearch
+from search.resample import ess
+from steering.core import Model
+from steering.noise import child_key, root_key
+
+_PILOT = -5  # child of a seed's root key, so that no run that follows repeats the pilot's noise
+_FORESEEN = 0.6  # rank correlation from which a clean guess is worth resampling by
+_EARLY = 0.6  # share of the way within which it must be
+Goal = Literal["draws", "best"]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a pilot saw, and what follows from it."""
+
+    sampler: Sampler
+    nfe: int | None  # what is left of the budget after the pilot, per prompt
+    why: tuple[str, ...]  # in words
+    goal: Goal
+    lam: float
+    share: float  # effective sample size per independent walk at λ, mean over prompts
+    steps: tuple[int, ...]  # steps looked at
+    agree: tuple[float, ...]  # at each: rank correlation of siblings' rewards that part there
+    foreseen: tuple[
+        float, ...
+    ]  # at each: rank correlation of the clean guess's reward with the end's
+    reward: tuple[float, float, float]  # lowest, mean and highest of the independent walks
+    failed: int  # walks whose reward failed
+    walks: int  # independent walks of the pilot, over all prompts
+    pilot_rows: int  # network rows that it took, per prompt
+    seconds_per_row: float
+    seconds_per_reward: float
+
+    def __str__(self) -> str:
+        header = f"pilot: {self.walks} walks, {self.pilot_rows} network rows per prompt"
+        lines = [
+            f"{header}, {1e3 * self.seconds_per_row:.3g} ms a row, "
+            f"{1e3 * self.seconds_per_reward:.3g} ms a reward, {self.failed} failed",
+            "reward: lowest {:.4g}, mean {:.4g}, highest {:.4g}; effective sample size at lam = "
+            "{:g}: {:.3g} per walk".format(*self.reward, self.lam, self.share),
+            "step             " + "".join(f"{i:8d}" for i in self.steps),
+            "siblings agree   " + "".join(f"{v:8.2f}" for v in self.agree),
+            "guess foretells  " + "".join(f"{v:8.2f}" for v in self.foreseen),
+            *self.why,
+            f"advice: {self.sampler}" + ("" if self.nfe is None else f" with nfe={self.nfe}"),
+        ]
+        return "\n".join(lines)
+
+
+def advise(
+    model: Model,
+    reward: Any,
+    *,
+    nfe: int | None = None,
+    goal: Goal = "draws",
+    lam: float = 1.0,
+    pilot: int | None = None,
+    seed: int = 0,
+    batch: int = 64,
+    progress: bool = True,
+) -> Advice:
+    """Look at a model and a reward with a small counted pilot, and recommend a sampler.
+
+    Args:
+        model: what is to be steered.
+        reward: by what.
+        nfe: network rows per prompt that are to be spent, the pilot included; None: not decided.
+        goal: "draws" of p(x) exp(λ reward(x)), or the "best" items.
+        lam: inverse temperature λ.
+        pilot: network rows per prompt of the pilot; None is a tenth of nfe, or of 40 walks if nfe
+            is None, and at least what eight walks and their siblings take.
+        seed: of the pilot's noise; a run with the same seed does not repeat it.
+        batch: walks that share a network call.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a budget too small for a pilot, or a reward that always fails.
+    """
+    if goal not in ("draws", "best"):
+        raise ValueError(f"goal={goal!r}: give 'draws' or 'best'.")
+    engine = Engine(model, reward, None, Settings(batch))
+    way = int(engine.network.rows.sum(1).max())
+    rows = pilot or max(way * 40 if nfe is None else nfe // 10, 24 * way)
+    if nfe is not None and 2 * rows > nfe:
+        raise ValueError(
+            f"nfe={nfe} is too small to be advised on: a pilot takes {rows} rows, more than half. "
+            "Use Importance() or BestOfN()."
+        )
+    noise = int(child_key(root_key(seed, torch.tensor([0])), _PILOT))
+    plan = engine.plan(lam, noise, Budget(nfe=rows))
+    probe = Probe()
+    state = probe.init(plan)
+    with Progress(rows * len(model.prompts), progress, what="pilot") as bar:
+        if engine.run(probe, state, plan, watch=bar.update) == "interrupted":
+            raise KeyboardInterrupt
+    spent = engine.ledger
+    found = [state.rewards(r) for r in range(plan.conditions)]
+    everything = torch.cat(found)
+    if len(everything) < 2:
+        raise ValueError(f"the reward failed in the pilot, first with {spent.first_error}.")
+    agree, foreseen = _correlations(state, found)
+    left = None if nfe is None else nfe - int(spent.rows.max())
+    sampler, why = _decide(state, found, agree, foreseen, goal, left, way)
+    return Advice(
+        sampler=sampler,
+        nfe=left,
+        why=tuple(why),
+        goal=goal,
+        lam=lam,
+        share=_share(found, lam),
+        steps=state.stops[:-1],
+        agree=tuple(agree),
+        foreseen=tuple(foreseen),
+        reward=(float(everything.min()), float(everything.mean()), float(everything.max())),
+        failed=sum(w.failed for w in engine.record.walks),
+        walks=len(everything),
+        pilot_rows=int(spent.rows.max()),
+        seconds_per_row=spent.seconds / max(int(spent.rows.sum()), 1),
+        seconds_per_reward=spent.scoring_seconds / max(int(spent.reward_calls.sum()), 1),
+    )
+
+
+def _share(found: Sequence[Tensor], lam: float) -> float:
+    return statistics.mean(float(ess(lam * r)) / len(r) for r in found if len(r))
+
+
+def _correlations(state: Probing, found: Sequence[Tensor]) -> tuple[list[float], list[float]]:
+    """Of siblings, and of guesses with what became of them, at each step: mean over prompts."""
+    agree, foreseen = [], []
+    for k in range(len(state.stops) - 1):
+        usual = state.stops[k] / state.plan.steps
+        pairs = [
+            branching.agreement(r.tolist(), state.pairs(k, row), usual)
+            for row, r in enumerate(found)
+            if len(r)
+        ]
+        agree.append(statistics.mean(pairs))
+        looks = [_rank_correlation(state.looks(k, row)) for row in range(len(found))]
+        foreseen.append(statistics.mean(looks))
+    return agree, foreseen
+
+
+def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Spearman's, 0 for less than three pairs or where nothing varies."""
+    if len(pairs) < 3:
+        return 0.0
+    columns = torch.tensor(pairs, dtype=torch.float64).T
+    ranks = torch.stack([c.unique(return_inverse=True)[1].double() for c in columns])
+    if (ranks.amax(1) == ranks.amin(1)).any():
+        return 0.0
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _decide(
+    state: Probing,
+    found: Sequence[Tensor],
+    agree: Sequence[float],
+    foreseen: Sequence[float],
+    goal: Goal,
+    left: int | None,
+    way: int,
+) -> tuple[Sampler, list[str]]:
+    lam, steps = state.plan.lam, state.plan.steps
+    planted = state.stops[:-1]
+    shares = {i / steps: a for i, a in zip(planted, agree, strict=True)}
+    branch = branching.chosen(planted, steps, shares)
+    walks = None if left is None else left // way
+    if goal == "best":
+        if not branch:
+            return BestOfN(), [
+                "Siblings never agree in part: there is nothing between chance and certainty that "
+                "a search could follow, so the best of independent walks is as good."
+            ]
+        return TreeSearch(branch=branch), [
+            f"Rewards are decided around steps {', '.join(map(str, branch))}: a search that "
+            "branches there finds more than as many independent walks."
+        ]
+    common = all(branching.common(r, lam) for r in found if len(r))
+    if common or not branch:
+        share = _share(found, lam)
+        words = f"Importance sampling is exact, and {share:.3g} of its walks count"
+        words += "" if walks is None else f": about {share * walks:.0f} effective draws"
+        why = "exp(lam * reward) is common under the model" if common else (
+            "exp(lam * reward) is rare, but siblings never agree in part, so trees gain nothing"
+        )  # fmt: skip
+        return Importance(), [f"{why}. {words}."]
+    early = [i for i, f in zip(planted, foreseen, strict=True) if f >= _FORESEEN]
+    if early and early[0] <= _EARLY * steps:
+        return SMC(levels=tuple(early)), [
+            "exp(lam * reward) is rare, and the reward of the clean guess foretells the end from "
+            f"step {early[0]} on: particles resampled by it waste few walks."
+        ]
+    return TreeSampling(branch=branch), [
+        "exp(lam * reward) is rare and cannot be foretold early, but is decided around steps "
+        f"{', '.join(map(str, branch))}: a tree that branches there reuses its lucky beginnings."
+    ]

@@ -1,0 +1,264 @@
+"""What a sweep has found, read from its folder: rows, distances, means with intervals, tables."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+import re
+import statistics
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from steering.metrics import Moments, diversity, frechet, mmd
+from steering.noise import root_key, uniform
+
+PLAN, ROW, DRAWS = "sweep.json", "rows.json", "draws.safetensors"
+DISTANCES = ("frechet", "mmd", "diversity")  # columns that rest on the extractor
+_RESAMPLED = 2000  # of the bootstrap
+_MEDIAN_OF = 1000  # items that the bandwidth of a reference is read off
+Row = dict[str, Any]
+
+
+def slug(name: str) -> str:
+    """A name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def runs(out: Path) -> Path:
+    """Where a sweep keeps its runs."""
+    return out / "runs"
+
+
+def reference_part(out: Path, part: int) -> Path:
+    """A file of the independent walks that stand for the target law."""
+    return out / "reference" / f"{part:05d}.safetensors"
+
+
+def read(out: str | Path) -> list[Row]:
+    """All rows of a sweep, one per task, sampler, budget, seed and prompt, with their distances.
+
+    Rows that were refused have the key "refused" and no figures; rows of the search for settings
+    are left out.
+
+    Raises:
+        FileNotFoundError: the folder holds no sweep.
+    """
+    out = Path(out)
+    if not (out / PLAN).exists():
+        raise FileNotFoundError(f"{out} holds no {PLAN}: give the folder of a sweep.")
+    found = []
+    for path in sorted(runs(out).glob(f"*/*/*/*/{ROW}")):
+        found += read_rows(out, path.parent)
+    return sorted(found, key=lambda r: (r["task"], r["sampler"], r["nfe"], r["seed"], r["prompt"]))
+
+
+def read_rows(out: Path, folder: Path) -> list[Row]:
+    """The rows of one run, with their distances to the reference as far as it has been walked."""
+    rows = json.loads((folder / ROW).read_text())
+    draws = folder / DRAWS
+    if not draws.exists():
+        return rows
+    tensors, plan = load_file(draws), json.loads((out / PLAN).read_text())
+    size = len(list((out / "reference").glob("*.safetensors")))
+    for row in rows:
+        mine = tensors["row"] == row["prompt"]
+        if not mine.any():
+            continue
+        features = tensors["features"][mine].repeat_interleave(tensors["counts"][mine], 0)
+        target = _reference(out, size, row["task"], row["prompt"]) if size else None
+        row |= _distances(features, target, plan["extractor"])
+    return rows
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The target law of one task and prompt: independent walks weighed by exp(λ reward)."""
+
+    features: Tensor  # [K, d] of the walks that hold all but a millionth of the weight
+    weights: Tensor  # [K]
+    moments: Moments
+    bandwidth: float  # median distance of its items
+    ess: float
+
+
+@cache
+def _reference(out: Path, size: int, task: str, prompt: int) -> Reference:
+    plan = json.loads((out / PLAN).read_text())
+    parts = [load_file(path) for path in sorted((out / "reference").glob("*.safetensors"))]
+    mine = [part["row"] == prompt for part in parts]
+    features = torch.cat([p["features"][m] for p, m in zip(parts, mine, strict=True)])
+    reward = torch.cat([p[f"reward.{slug(task)}"][m] for p, m in zip(parts, mine, strict=True)])
+    weights = (plan["lam"] * reward.nan_to_num(nan=-torch.inf)).softmax(0)
+    moments = Moments.of(features, weights)
+    order = weights.argsort(descending=True)
+    kept = order[: 1 + int((weights[order].cumsum(0) < 1 - 1e-6).sum())]
+    features, weights = features[kept], weights[kept]
+    at = (torch.arange(_MEDIAN_OF, dtype=torch.float64) + 0.5) / _MEDIAN_OF * weights.sum()
+    some = torch.searchsorted(weights.cumsum(0), at).clamp(max=len(kept) - 1)
+    distance = torch.nn.functional.pdist(features[some].double())
+    bandwidth = float(distance[distance > 0].median())
+    return Reference(features, weights, moments, bandwidth, moments.n)
+
+
+def _distances(features: Tensor, target: Reference | None, extractor: str) -> Row:
+    found: Row = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # how many items there are stands in the same row
+        if len(features) > 1 and (features != features[0]).any():
+            found["diversity"] = float(diversity(features, extractor=extractor))
+            if target is not None:
+                mine = Moments.of(features)
+                found["frechet"] = float(frechet(mine, target.moments, extractor=extractor))
+        if target is not None and len(features) > 1:
+            value = mmd(
+                features,
+                target.features,
+                bandwidth=target.bandwidth,
+                weights_y=target.weights,
+                extractor=extractor,
+            )
+            found |= {"mmd": float(value), "reference_ess": target.ess}
+    return found
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mean over seeds and prompts, with its interval."""
+
+    task: str
+    sampler: str
+    nfe: int
+    mean: float
+    low: float  # 95 % interval of the bootstrap; nan from a single run
+    high: float
+    seconds: float  # mean per run and prompt; nan where not known
+    runs: int
+
+
+def points(rows: Iterable[Row], metric: str) -> list[Point]:
+    """Means of a figure with bootstrap intervals over seeds and prompts.
+
+    Seeds and prompts are drawn anew independently of each other, 2,000 times, and the mean over all
+    pairs is taken: prompts differ more than seeds do, and share them.
+
+    Args:
+        rows: from `read`.
+        metric: a column: reward, best, frechet, mmd, diversity, ess, log_z, distinct, "also: NAME".
+
+    Raises:
+        ValueError: no row has that figure.
+    """
+    cells: dict[tuple[str, str, int], list[Row]] = {}
+    known: set[str] = set()
+    for row in rows:
+        known |= {k for k, v in row.items() if isinstance(v, (int, float))}
+        if row.get(metric) is not None and "refused" not in row:
+            cells.setdefault((row["task"], row["sampler"], row["nfe"]), []).append(row)
+    if not cells:
+        raise ValueError(f"metric={metric!r} is in no row: there are {', '.join(sorted(known))}.")
+    return [_point(key, mine, metric) for key, mine in sorted(cells.items())]
+
+
+def _point(key: tuple[str, str, int], rows: Sequence[Row], metric: str) -> Point:
+    seeds = sorted({row["seed"] for row in rows})
+    prompts = sorted({row["prompt"] for row in rows})
+    grid = torch.full((len(seeds), len(prompts)), math.nan, dtype=torch.float64)
+    for row in rows:
+        grid[seeds.index(row["seed"]), prompts.index(row["prompt"])] = row[metric]
+    low = high = math.nan
+    if len(seeds) > 1 or len(prompts) > 1:
+        low, high = _interval(grid)
+    known = [row["seconds"] for row in rows if row["seconds"] is not None]
+    seconds = statistics.mean(known) if known else math.nan
+    return Point(*key, float(grid.nanmean()), low, high, seconds, len(rows))
+
+
+def _interval(grid: Tensor) -> tuple[float, float]:
+    """95 % of the means [S, P] over seeds and prompts drawn with replacement."""
+    key = root_key(0, torch.arange(2))
+    u = [uniform(key[k : k + 1], (_RESAMPLED, size))[0] for k, size in enumerate(grid.shape)]
+    seed, prompt = ((part * size).long() for part, size in zip(u, grid.shape, strict=True))
+    means = grid[seed[:, :, None], prompt[:, None, :]].flatten(1).nanmean(1)
+    low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def markdown(rows: Sequence[Row], metric: str) -> str:
+    """A table for each task: samplers down, budgets across, mean [interval]."""
+    found = points(rows, metric)
+    lines = []
+    for task in dict.fromkeys(p.task for p in found):
+        budgets = sorted({p.nfe for p in found if p.task == task})
+        lines += [f"**{task}**: {metric}, mean [95 % interval over seeds and prompts]", ""]
+        lines.append("| sampler | " + " | ".join(f"{n:,} rows" for n in budgets) + " |")
+        lines.append("|---" * (1 + len(budgets)) + "|")
+        for sampler in dict.fromkeys(p.sampler for p in found if p.task == task):
+            mine = {p.nfe: p for p in found if (p.task, p.sampler) == (task, sampler)}
+            cells = [_cell(mine.get(n)) for n in budgets]
+            lines.append(f"| {sampler} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(point: Point | None) -> str:
+    if point is None:
+        return ""
+    if math.isnan(point.low):
+        return f"{point.mean:.4g}"
+    return f"{point.mean:.4g} [{point.low:.4g}, {point.high:.4g}]"
+
+
+def metrics(rows: Iterable[Row]) -> list[str]:
+    """The columns that a sweep is judged by, those that it has: distances, rewards, held out."""
+    known = dict.fromkeys(name for row in rows for name, v in row.items() if v is not None)
+    held_out = [name for name in known if name.startswith("also: ")]
+    return [name for name in ("frechet", "mmd", "reward", *held_out) if name in known]
+
+
+def write(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """table.csv and table.md in a folder, and table.parquet where pyarrow is installed."""
+    write_csv(rows, folder / "table.csv")
+    text = "\n".join(markdown(rows, metric) for metric in metrics(rows))
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    written = [folder / "table.csv", folder / "table.md"]
+    if importlib.util.find_spec("pyarrow") is not None:
+        write_parquet(rows, folder / "table.parquet")
+        written.append(folder / "table.parquet")
+    return written
+
+
+def write_csv(rows: Sequence[Row], path: str | Path) -> None:
+    """All rows as CSV, an empty cell where there is no figure."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(rows: Sequence[Row], path: str | Path) -> None:
+    """All rows as parquet.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            'parquet needs pyarrow: pip install "diffusion-steering[plot]".'
+        ) from error
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
