@@ -1,5 +1,6 @@
 """How to steer: one paper per file, and the loop that runs them."""
 
+from samplers.advise import Advice, advise
 from samplers.ancestral import Ancestral
 from samplers.best_of_n import BestOfN
 from samplers.core import Budget, Draws, Plan, Purse, Rollouts, Sampler, Walked
@@ -8,12 +9,14 @@ from samplers.journal import CorruptRecordError
 from samplers.result import Result
 from samplers.run import load, sample
 from samplers.smc import SMC
+from samplers.sweep import Sweep
 from samplers.tree_sampling import TreeSampling
 from samplers.tree_search import TreeSearch
 from search.widen import Widening
 
 __all__ = [
     "SMC",
+    "Advice",
     "Ancestral",
     "BestOfN",
     "Budget",
@@ -25,10 +28,12 @@ __all__ = [
     "Result",
     "Rollouts",
     "Sampler",
+    "Sweep",
     "TreeSampling",
     "TreeSearch",
     "Walked",
     "Widening",
+    "advise",
     "load",
     "sample",
 ]

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from samplers.core import Plan
+from samplers.core import Budget, Plan
 from samplers.walks import affordable, check_count
 from search.widen import Widening
 
@@ -63,9 +63,9 @@ def agreement(walks: Sequence[float], pairs: Sequence[tuple[float, float]], usua
     def rank(reward: float) -> float:
         return (bisect_left(ordered, reward) + bisect_right(ordered, reward)) / (2 * len(ordered))
 
-    spread = float(torch.tensor([rank(r) for r in walks], dtype=torch.float64).var(correction=0))
-    if spread == 0:
+    if not ordered or ordered[0] == ordered[-1]:
         return usual
+    spread = float(torch.tensor([rank(r) for r in walks], dtype=torch.float64).var(correction=0))
     apart = sum((rank(a) - rank(b)) ** 2 for a, b in pairs) / (2 * spread)
     return 1 - (apart + PRIOR_PAIRS * (1 - usual)) / (len(pairs) + PRIOR_PAIRS)
 
@@ -111,6 +111,8 @@ def check(
         raise ValueError(f"widening={widening!r}: give search.widen.Widening(c, alpha), or None.")
     check_count("parallel", parallel)
     check_count("pilot", pilot, least=0)
+    if pilot and branch != "auto":
+        raise ValueError(f'pilot={pilot!r} serves branch="auto" alone: leave it out.')
 
 
 def levels(branch: Branch, pilot: int, plan: Plan) -> tuple[int, ...]:
@@ -140,29 +142,46 @@ def levels(branch: Branch, pilot: int, plan: Plan) -> tuple[int, ...]:
     return branch
 
 
-def leaves_in_flight(parallel: int | None, plan: Plan) -> int:
+def leaves_in_flight(parallel: int | None, plan: Plan, looks: tuple[int, ...]) -> int:
     """`parallel`, or a twelfth of the rollouts that the budget affords, at most 64.
 
     That is as good as one at a time. Small budgets take a sixth, up to the 16 that fill the
     smallest network call, which costs little.
+
+    Raises:
+        ValueError: no limit at all, or a budget below one rollout.
     """
+    if plan.budget == Budget():
+        raise ValueError(
+            "a tree without a budget would never end: give nfe, reward_calls or seconds."
+        )
+    rollouts = _rollouts(plan, looks)
     if parallel is not None:
         return parallel
-    rollouts = _rollouts(plan)
     return max(1, min(rollouts // 12, 64), min(rollouts // 6, 16))
 
 
 def pilot_walks(
-    branch: Branch, pilot: int | None, plan: Plan, share: float, least: int, most: int
+    branch: Branch,
+    pilot: int | None,
+    plan: Plan,
+    looks: tuple[int, ...],
+    share: float,
+    least: int,
+    most: int,
 ) -> int:
     """`pilot`, or a share of what the budget affords, at most `most`; none below `least`."""
     if branch != "auto" or not plan.stochastic.any():
         return 0
     if pilot is not None:
         return pilot
-    walks = min(int(share * _rollouts(plan)), most)
+    walks = min(int(share * _rollouts(plan, looks)), most)
     return walks if walks >= least else 0
 
 
-def _rollouts(plan: Plan) -> int:
-    return int(affordable(plan, plan.cost.sum(1), 1, "walk").min())
+def _rollouts(plan: Plan, looks: tuple[int, ...]) -> int:
+    """How many walks 0 -> T the budget affords, each looking at its state at steps `looks`."""
+    rows = plan.cost.sum(1)
+    if not plan.reuses:
+        rows = rows + plan.look[:, list(looks)].sum(1)
+    return int(affordable(plan, rows, 1 + len(looks), "walk").min())

@@ -87,7 +87,7 @@ class Budget:
     Args:
         nfe: network rows (a classifier-free-guidance pair is two).
         reward_calls: items scored.
-        seconds: of wall clock, for the whole run; may overrun by one network call.
+        seconds: of wall clock, for the whole run; may overrun by one network or reward call.
     """
 
     nfe: int | None = None
@@ -126,10 +126,6 @@ class Plan:
     def conditions(self) -> int:
         """R."""
         return self.cost.shape[0]
-
-    def way(self, row: int, start: int, stop: int | None = None) -> int:
-        """Network rows of the walk start -> stop (T when None) of condition `row`."""
-        return int(self.cost[row, start:stop].sum())
 
 
 class Purse:
@@ -177,6 +173,7 @@ class Draws:
     log_z: Tensor  # [R] float64, estimate of log E_p[exp(λ reward)]; nan where there is none
     ranked: bool  # best first: drawing n means the n best, not n by weight
     tree: Tree | None = None
+    biased: str = ""  # why these are not draws of the target even as the budget grows
 
 
 S = TypeVar("S")

@@ -30,6 +30,7 @@ from steering.core import Guidance, Model
 from steering.noise import child_key, normal
 
 _JOURNAL_SECONDS = 2.0  # answers are made durable at least this often
+_IN_FLIGHT = 4096  # walks that may have been under way when a record ended
 
 
 @dataclass(frozen=True)
@@ -101,22 +102,31 @@ class Engine:
         """Walk until the sampler is done; how it ended: "done", "interrupted" or "seconds".
 
         Args:
-            seconds: of wall clock for this call; may overrun by one network call.
+            seconds: of wall clock, from the first walk that no record answers; may overrun by one
+                network call and the reward call that is running then.
             watch: called after every round, to show progress.
             offline: answer from the record alone, and stop ("interrupted") where it ends.
         """
         began = time.monotonic()
         self.entry = {PRIOR: -1}
+        self._first_new: float | None = None
+        self._missed = 0
+        self._promised = [[0, 0] for _ in self.model.prompts]
+        # [R][T + 1] network rows from the noise to a step
+        self._way = torch.nn.functional.pad(plan.cost.cumsum(1), (1, 0)).tolist()
         flight = Flight(self.settings.batch, self.model)
         prompts = self.model.prompts
         scorer = Scorer(self.model.decode, self.reward, prompts, self.settings.on_error)
         stop = _Stop()
         try:
+            status = "done"
             while not sampler.done(state):
                 if stop.asked:
-                    return "interrupted"
-                if seconds is not None and time.monotonic() - began > seconds:
-                    return "seconds"
+                    status = "interrupted"
+                    break
+                if seconds is not None and self._walking_for() > seconds:
+                    status = "seconds"
+                    break
                 asked = self._admit(sampler, state, plan, flight, scorer, offline)
                 idle = not (asked or flight.n)
                 if flight.n:
@@ -129,9 +139,14 @@ class Engine:
                     watch(self)
                 if idle and not sampler.done(state):
                     if offline:
-                        return "interrupted"
+                        status = "interrupted"
+                        break
                     raise RuntimeError(f"{type(sampler).__name__} waits for walks it never asked.")
-            return "done"
+            # what was scored, or is being scored, when the run ended
+            scorer.close()
+            for tag, scores in scorer.finished(wait=False):
+                self._scored(sampler, state, tag, scores)
+            return status
         finally:
             stop.close()
             scorer.close()
@@ -141,6 +156,10 @@ class Engine:
     def states(self, handles: list[int]) -> Tensor:
         """Kept states [N, *D] on the model's device."""
         return self.store.get([self.entry[h] for h in handles]).to(self.model.device)
+
+    def _walking_for(self) -> float:
+        """Seconds since the first walk that no record answered."""
+        return 0.0 if self._first_new is None else time.monotonic() - self._first_new
 
     # --- one round -----------------------------------------------------------------------------
 
@@ -162,11 +181,42 @@ class Engine:
             known = [r for r in requests if r.known is not None]
             if known:
                 self._replay(sampler, state, known)
-            new = [] if offline else [r for r in requests if r.known is None]
-            if new:
+            new = [r for r in requests if r.known is None]
+            if offline:
+                self._missed += len(new)
+            elif new:
+                self._first_new = self._first_new or time.monotonic()
+                self._promise(sampler, new, plan)
                 self._start(sampler, state, new, flight, scorer, plan.steps)
             self._drop(rollouts.drop)
+            # without a limit of walks a sampler would ask for ever: all that a record can answer
+            # is asked for before as many unknown walks as it holds, and those once in flight
+            if offline and self._missed > len(self.record.walks) + _IN_FLIGHT:
+                return False
         return asked
+
+    def _promise(self, sampler: Sampler, requests: list[Request], plan: Plan) -> None:
+        """The budget is hard: a sampler that asks for more than it may is stopped at once."""
+        for r in requests:
+            rows, scores = self._promised[r.row]
+            look = r.score and r.stop < plan.steps
+            cached = (
+                plan.reuses and r.start < r.stop and r.src in self.clean and math.isnan(r.angle)
+            )
+            rows += self._way[r.row][r.stop] - self._way[r.row][r.start + cached]
+            rows += int(plan.look[r.row, r.stop]) if look else 0
+            self._promised[r.row] = [rows, scores + r.score]
+            limits = (
+                ("nfe", rows, plan.budget.nfe),
+                ("reward_calls", scores + r.score, plan.budget.reward_calls),
+            )
+            for name, value, limit in limits:
+                if limit is not None and value > limit:
+                    raise RuntimeError(
+                        f"{type(sampler).__name__} asked for walks beyond {name}={limit}: a "
+                        "sampler must reserve the whole way before it starts a walk, see "
+                        "samplers.core.Purse."
+                    )
 
     def _drop(self, handles: Tensor) -> None:
         gone = [self.entry.pop(h) for h in handles.tolist() if h in self.entry]
@@ -188,6 +238,8 @@ class Engine:
                 raise RuntimeError(f"handle {id} was asked for twice.")
             if not 0 <= start <= stop <= steps:
                 raise RuntimeError(f"a walk {start} -> {stop} does not fit {steps} steps.")
+            if src not in self.entry:
+                raise RuntimeError(f"walk {id} starts from handle {src}, which is not kept.")
             src_entry = self.entry[src]
             known = self._known.get(question(src_entry, row, key, start, stop, score, turn))
             if known is not None:
@@ -367,6 +419,7 @@ class Engine:
         rewards = scores.reward.tolist()
         self.ledger.decodes += len(requests)
         self.ledger.rescored += scores.calls - len(requests)
+        self.ledger.scoring_seconds += scores.seconds
         self.ledger.first_error = self.ledger.first_error or scores.error
         for r, reward in zip(requests, rewards, strict=True):
             self.ledger.reward_calls[r.row] += 1

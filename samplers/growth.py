@@ -53,7 +53,7 @@ class Grown:
     walks: int  # pilot: independent walks still to set out; then siblings follow
     flying: int = 0
     asked: int = 0  # ids given out
-    siblings: list[tuple[float, int]] | None = None  # pilot: (share, root child's place) to come
+    siblings: list[tuple[float, int]] | None = None  # pilot: (share, root's child) to come
     pairs: dict[float, list[tuple[float, float]]] = field(default_factory=dict)
     growing: bool = False  # the pilot is over
     uniforms: list[float] = field(default_factory=list)
@@ -262,26 +262,33 @@ class Growth:
         if self.habit.flat_if_common and branching.common(rewards, self.plan.lam):
             self._settle(grown, ())
             return
-        shown = len(arena.shown[0])
-        each = min(-(-shown // 2), branching.PAIRS)
+        # a look may have shown the beginning of a walk that failed later: it has no leaf to compare
+        whole = [
+            node for node in arena.shown[0] if math.isfinite(arena.reward[self._end(arena, node)])
+        ]
+        each = min(-(-len(whole) // 2), branching.PAIRS)
         grown.siblings = [
-            (share, (k * shown) // each) for share in branching.USUAL for k in range(each)
-            if round(share * steps) in grown.levels
+            (share, whole[(k * len(whole)) // each]) for share in branching.USUAL
+            for k in range(each) if round(share * steps) in grown.levels
         ]  # fmt: skip
+
+    @staticmethod
+    def _end(arena: Arena, node: int) -> int:
+        """Where a pilot walk from the root's child `node` has got to."""
+        while arena.shown[node]:
+            node = arena.shown[node][0]
+        return node
 
     def _sibling(self, row: int, grown: Grown) -> bool:
         """A second leaf below a node of a pilot walk, evenly over the walks: path weight 1."""
         assert grown.siblings
         arena = grown.arena
-        share, place = grown.siblings.pop(0)
-        node, level = arena.shown[0][place], round(share * self.plan.steps)
+        share, node = grown.siblings.pop(0)
+        leaf, level = self._end(arena, node), round(share * self.plan.steps)
         path = [0, node]
         while arena.step[node] < level:
             node = arena.shown[node][0]
             path.append(node)
-        leaf = node
-        while arena.shown[leaf]:
-            leaf = arena.shown[leaf][0]
         return self._expand(row, grown, Rollout(path, 0.0, twin=(share, arena.reward[leaf])))
 
     def _read_siblings(self, grown: Grown) -> None:

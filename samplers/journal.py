@@ -81,9 +81,8 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / _JOURNAL
         self._blobs = len(list(self.folder.glob("latents-*.safetensors")))
-        if self._path.exists():
-            _cut_torn_line(self._path)
-        else:
+        self._whole = not self._path.exists()  # is the end of the file known to be a line's?
+        if self._whole:
             self._append({"kind": "run", "version": VERSION, **header})
 
     def walks(self, walks: list[Walk], states: Store, cleans: Store) -> None:
@@ -110,6 +109,9 @@ class Journal:
 
     def _append(self, data: dict[str, Any]) -> None:
         body = json.dumps(data, allow_nan=False, separators=(",", ":"))
+        if not self._whole:
+            _cut_torn_line(self._path)
+            self._whole = True
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(f'{{"crc":"{zlib.crc32(body.encode()):08x}","data":{body}}}\n')
             file.flush()

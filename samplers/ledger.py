@@ -21,6 +21,7 @@ class Ledger:
     decodes: int = 0  # states decoded
     replayed: int = 0  # of `rows`, those answered from a record
     seconds: float = 0.0  # of wall clock
+    scoring_seconds: float = 0.0  # decoding and scoring took, partly while denoising went on
     first_error: str | None = None  # the first failure of a reward
 
     @staticmethod
@@ -28,6 +29,14 @@ class Ledger:
         """Nothing spent on R conditions."""
         zeros = torch.zeros(conditions, dtype=torch.int64)
         return Ledger(zeros, zeros.clone())
+
+    def add(self, other: Ledger) -> None:
+        """Count what another ledger of the same conditions has counted."""
+        for name in ("rows", "reward_calls", "rescored", "calls", "padded", "backward"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("decodes", "replayed", "seconds", "scoring_seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.first_error = self.first_error or other.first_error
 
 
 @dataclass

@@ -9,13 +9,16 @@ from samplers.ledger import Ledger
 from steering.core import Model
 
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_CPU_NUMBERS = 2**15  # of the states in one call on a CPU: more rows only overflow its caches
 
 
 class Network:
     """Counts what its denoiser is called for; `rows` [R, T] int64 is the price of every call.
 
     Networks are not bit-equal over batch sizes below 16, and compiled graphs want few shapes, so
-    a call is filled up to one of a few sizes with copies of its first row.
+    a call is filled up to one of a few sizes with copies of its first row. On a CPU, where a
+    batch gains little and caches are small, a batch of images goes in several calls (32 images of
+    28 x 28 at a time), never below 16 rows.
     """
 
     def __init__(self, model: Model, ledger: Ledger, batch: int) -> None:
@@ -43,8 +46,11 @@ class Network:
         """
         t = self._model.process.time(i)
         parts, done = [], 0
+        fits = max(16, _CPU_NUMBERS // x[0].numel()) if x.device.type == "cpu" else len(x)
+        fits = max((s for s in _SIZES if s <= fits), default=fits) if fits < len(x) else len(x)
         while done < len(x):
-            size = min(len(x) - done, self._largest)
+            largest = min(self._largest, fits)
+            size = min(len(x) - done, largest)
             full = min(next((s for s in _SIZES if s >= size), size), self._largest)
             part = slice(done, done + size)
             filled = (_filled(v[part], full) for v in (x, t, row))

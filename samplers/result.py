@@ -50,7 +50,8 @@ class Result:
     history: History
     spent: Ledger
     lam: float
-    biased: bool  # guided without weights: not the law that `weights` names
+    ranked: bool  # best first: a search, whose draws follow no law
+    biased: str  # why the draws are not of the target, however large the budget; "" if they are
     status: str  # "done", "interrupted" or "seconds"
     _engine: Engine = field(repr=False)
     _spec: Spec = field(repr=False)
@@ -102,7 +103,8 @@ class Result:
         return decode(self._engine, ids, torch.ones(len(ids), dtype=torch.bool))
 
     def save(self, folder: str | Path) -> None:
-        """Write the record of the run: a journal and its states; `samplers.load` reads it.
+        """Write the record of the run: a journal and its states; `samplers.load` reads it, and what
+        `more` adds from now on is added there.
 
         Raises:
             FileExistsError: the folder holds another record.
@@ -121,10 +123,17 @@ class Result:
     ) -> Result:
         """Go on with a larger budget; every walk already made is used again.
 
+        What the sampler took from its first budget stays as it was (leaves in flight, a pilot's
+        length, a population's size), so that it is the same tree that grows: a run whose budget
+        was too small for a pilot stays flat. To choose anew, start a new run.
+
         Args:
             nfe, reward_calls: what to add to the limits so far, per condition.
             seconds: of wall clock for what is added.
             progress: show a bar.
+
+        Warns:
+            UserWarning: nothing was added, because another limit ended the run.
         """
         from samplers.run import more
 
@@ -136,10 +145,12 @@ class Result:
             f"{int(self.counts.sum())} draws, {self.distinct} distinct, of "
             f"{int(self.found.sum())} found ({self.failed} failed); "
             f"ESS {ess_:.1f}, over distinct starting noises {roots:.1f}"
-            + (", BIASED: guided without weights" if self.biased else "")
+            + (f", BIASED: {self.biased}" if self.biased else "")
         ]
         if self.distinct:
-            share = self.counts.double() / self.counts.sum()
+            by_weight = self._draws is None and not self.ranked
+            share = self.weights if by_weight else self.counts.double()
+            share = share / share.sum()
             log_z = ", ".join(f"{z:.3f}" for z in self.log_z.tolist()[:4])
             log_z += ", ..." if len(self.log_z) > 4 else ""
             lines.append(
@@ -252,7 +263,10 @@ def assemble(
         history=engine.history,
         spent=dataclasses.replace(engine.ledger),
         lam=spec.lam,
-        biased=engine.guidance is not None and spec.weights == "none",
+        ranked=found.ranked,
+        biased="guided without weights"
+        if engine.guidance is not None and spec.weights == "none"
+        else found.biased,
         status=status,
         _engine=engine,
         _spec=spec,

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from samplers import journal
 from samplers.core import Budget, Sampler
 from samplers.engine import Engine, Settings
+from samplers.progress import Progress
 from samplers.result import Result, assemble
-from samplers.scoring import OnError, reward_name
-from samplers.spec import Spec, check_same_run, encode, header, spec_of
+from samplers.scoring import OnError
+from samplers.spec import Spec, check_same_model, check_same_run, decode, encode, header, spec_of
 from samplers.temper import find_lam
 from steering.core import Guidance, Model
 
@@ -53,12 +53,15 @@ def sample(
         reward: (items, prompts) -> [N], higher is better; see `steering.rewards`.
         sampler: how, for instance `TreeSampling()`.
         nfe: hard limit of network rows per condition; a classifier-free-guidance pair is two.
-        reward_calls: hard limit of items scored per condition.
-        seconds: of wall clock, for the run; may overrun by one network call.
+        reward_calls: hard limit of items scored per condition; items scored again alone, because a
+            batch of them raised, are counted apart.
+        seconds: of wall clock, for the run, not counting what a record answers; may overrun by one
+            network call and the reward call that is running then.
         draws: how many to draw per condition; None gives all that was found, with weights.
         lam: inverse temperature λ (1/λ weighs the KL to the model). Default 1.
-        kl: instead of lam, the KL divergence in nats from the model to aim at.
-        ess: instead of lam, the effective sample size per walk to aim at, in (0, 1).
+        kl: instead of lam, the KL divergence in nats from the model to aim at; found on a counted
+            pilot of a tenth of the budget.
+        ess: instead of lam, the effective sample size per walk to aim at, in (0, 1); likewise.
         seed: all noise of the run is a pure function of it.
         also: held-out rewards of the draws; nothing is steered by them.
         guidance: bends the steps that draw noise.
@@ -67,40 +70,41 @@ def sample(
         on_error: "fail": a reward that raises or is not finite makes a failed walk, never selected;
             "raise": it ends the run. Programming errors (a wrong shape, a TypeError) always do.
         progress: show a bar with the best and the mean reward.
-        record: folder to keep the run in as it goes; an interrupted run goes on from there.
+        record: folder to keep the run in as it goes; an interrupted run goes on from there, and so
+            does a finished one when it is asked for with a larger nfe or reward_calls.
 
     Returns:
         The draws, their weights, and what was spent. Ctrl-C gives what was found so far.
 
     Raises:
-        ValueError, TypeError: an argument that cannot be, before the first network row.
+        ValueError, TypeError: an argument that cannot be, before the first network row; after the
+            pilot, a kl or ess that no lam reaches.
     """
     budget = Budget(nfe, reward_calls, seconds)
-    _check(model, reward, sampler, draws, lam, kl, ess, seed, guidance, weights, batch, on_error)
-    if callable(also) or not all(callable(held_out) for held_out in also):
-        raise TypeError(f"also={also!r}: give a list of rewards, (items, prompts) -> [N].")
+    _check(model, reward, sampler, lam, kl, ess, seed, guidance, weights)
+    _check_wishes(draws, also, batch, on_error)
     settings = Settings(batch, on_error, weights)
-    spec = Spec(sampler, 1.0 if lam is None else float(lam), seed, budget, weights)
+    aim = ("kl", float(kl)) if kl is not None else ("ess", float(ess)) if ess is not None else None
+    spec = Spec(sampler, 1.0 if lam is None else float(lam), seed, budget, weights, aim)
     engine = Engine(model, reward, guidance, settings)
     if guidance is not None and weights == "exact" and not bool(model.process.stochastic.any()):
         raise ValueError(
             "guidance with weights='exact' needs a step that draws noise, and this chain has none: "
             "give from_pipeline an eta > 0, or say weights='none'."
         )
-    aim = {"kl": kl, "ess": ess} if kl is not None or ess is not None else None
     book = None
     if record is not None and journal.exists(record):
         saved = journal.read(record)
-        kept = spec_of(saved, sampler)
-        check_same_run(record, saved.header, header(model, reward, spec, aim))
-        spec = dataclasses.replace(kept, sampler=sampler, budget=budget)
+        check_same_run(record, saved.header, header(model, reward, guidance, spec))
         engine = _reopened(model, reward, guidance, settings, saved)
+        spec = _continued(record, saved, spec, engine)
         book = partial(journal.Journal, record, {})
     else:
         if aim is not None:
-            spec = find_lam(engine, spec, aim)
+            sampler.init(engine.plan(1.0, seed, budget))  # refuses what it must before the pilot
+            spec = find_lam(engine, spec, progress)
         if record is not None:
-            book = partial(journal.Journal, record, header(model, reward, spec, aim))
+            book = partial(journal.Journal, record, header(model, reward, guidance, spec))
     return _run(engine, spec, draws, tuple(also), progress, book=book)
 
 
@@ -113,6 +117,8 @@ def load(
     guidance: Guidance | None = None,
     draws: int | None = None,
     also: Sequence[Any] = (),
+    batch: int = 64,
+    on_error: OnError = "fail",
 ) -> Result:
     """Read a saved run back; `.more` goes on with it, in the same folder.
 
@@ -121,24 +127,28 @@ def load(
         model, reward, guidance: those of the run. Nothing is drawn or scored again.
         sampler: needed only for a sampler of your own; the toolkit's are read from the record.
         draws, also: as in `sample`.
+        batch, on_error: as in `sample`, for a later `.more`.
 
     Raises:
         FileNotFoundError: there is no record.
         CorruptRecordError: a checksum does not match, or a file is missing.
-        ValueError: the record is of another model or reward, as far as their names tell.
+        ValueError: the record is of another model, prompts, reward or guidance, as far as their
+            names tell.
     """
     saved = journal.read(folder)
     spec = spec_of(saved, sampler)
-    same = {"model": model.name, "steps": model.process.steps, "reward": reward_name(reward)}
-    for name, mine in same.items():
-        if saved.header[name] != mine:
-            raise ValueError(
-                f"{name}: the record in {folder} is of {saved.header[name]!r}, given is {mine!r}. "
-                "Build the model and the reward as they were."
-            )
-    engine = _reopened(model, reward, guidance, Settings(weights=spec.weights), saved)
+    _check(model, reward, spec.sampler, None, None, None, spec.seed, guidance, spec.weights)
+    _check_wishes(draws, also, batch, on_error)
+    check_same_model(folder, saved.header, header(model, reward, guidance, spec))
+    settings = Settings(batch, on_error, spec.weights)
+    engine = _reopened(model, reward, guidance, settings, saved)
     book = partial(journal.Journal, folder, {})
-    return _run(engine, spec, draws, tuple(also), progress=False, offline=True, book=book)
+    ends = [note for note in saved.notes if "status" in note]
+    engine.ledger.first_error = ends[-1].get("first_error") if ends else None
+    result = _run(engine, spec, draws, tuple(also), progress=False, offline=True, book=book)
+    if result.status == "interrupted" and ends:  # where the record ends, the run ended so
+        result = dataclasses.replace(result, status=ends[-1]["status"])
+    return result
 
 
 def more(result: Result, *, nfe, reward_calls, seconds, progress) -> Result:
@@ -171,19 +181,31 @@ def more(result: Result, *, nfe, reward_calls, seconds, progress) -> Result:
     )
     if engine.journal is not None:
         engine.journal.note({"spec": encode(spec)})
-    return _run(grown, spec, result._draws, result._also, progress)
+    before = len(engine.record.walks)
+    longer = _run(grown, spec, result._draws, result._also, progress)
+    if len(engine.record.walks) == before and longer.status == "done":
+        warnings.warn(
+            f"more() added no walk: {spec.sampler} was done under the limits {limits}. Raise the "
+            "one that ended it, or start a run with another sampler.",
+            stacklevel=3,
+        )
+    return longer
 
 
 def save(result: Result, folder: str | Path) -> None:
     """`Result.save`."""
     engine = result._engine
+    if engine.journal is not None and engine.journal.folder == Path(folder):
+        return  # it is there: the run was kept as it went
     if journal.exists(folder):
         raise FileExistsError(f"{folder} holds a record already: give another folder.")
-    book = journal.Journal(folder, header(engine.model, engine.reward, result._spec, None))
+    first_line = header(engine.model, engine.reward, engine.guidance, result._spec)
+    book = journal.Journal(folder, first_line)
     walks = engine.record.walks
     for part in range(0, len(walks), _SAVED_AT_ONCE):
         book.walks(walks[part : part + _SAVED_AT_ONCE], engine.store, engine.clean)
-    book.note({"status": result.status})
+    book.note(_end(engine, result.status))
+    engine.journal = engine.journal or book
 
 
 def _run(
@@ -195,26 +217,23 @@ def _run(
     offline: bool = False,
     book: Callable[[], journal.Journal] | None = None,
 ) -> Result:
-    budget = spec.budget
-    if budget.nfe is not None and spec.pilot:
-        budget = dataclasses.replace(budget, nfe=budget.nfe - max(spec.pilot_rows))
-    if budget.reward_calls is not None and spec.pilot:
-        budget = dataclasses.replace(budget, reward_calls=budget.reward_calls - spec.pilot)
-    if spec.pilot and not int(engine.ledger.rows.sum()):  # a run that goes on has paid already
-        engine.ledger.rows += torch.tensor(spec.pilot_rows)
-        engine.ledger.reward_calls += spec.pilot
-    plan = engine.plan(spec.lam, spec.seed, budget)
+    if spec.lam_walks and not int(engine.ledger.rows.sum()):  # a run that goes on has paid already
+        engine.ledger.rows += torch.tensor(spec.lam_rows)
+        engine.ledger.reward_calls += spec.lam_walks
+    plan = engine.plan(spec.lam, spec.seed, spec.main_budget())
     state = spec.sampler.init(plan)
     if book is not None:  # not before the sampler took the plan: a refused run leaves no record
         engine.journal = book()
-    with _Progress(engine, spec, progress and not offline) as bar:
-        status = engine.run(spec.sampler, state, plan, budget.seconds, bar.update, offline)
+    seconds, nfe = spec.budget.seconds, spec.budget.nfe
+    if seconds is not None:
+        seconds = max(seconds - engine.ledger.seconds, 0.0)  # finding lam took some
+    total = None if nfe is None else nfe * len(engine.model.prompts)
+    with Progress(total, progress and not offline) as bar:
+        status = engine.run(spec.sampler, state, plan, seconds, bar.update, offline)
     found = spec.sampler.result(state)
-    resolved = getattr(spec.sampler, "resolved", None)
-    if resolved is not None:
-        spec = dataclasses.replace(spec, sampler=resolved(state))
+    spec = dataclasses.replace(spec, sampler=_settled(spec.sampler, state))
     if engine.journal is not None and not offline:
-        engine.journal.note({"status": status, "spec": encode(spec)})
+        engine.journal.note({**_end(engine, status), "spec": encode(spec)})
     by_entry = {w.entry: w.reward for w in engine.record.walks if w.score}
     rewards = {h: by_entry.get(engine.entry[h], math.nan) for h in found.id.tolist()}
     if engine.ledger.first_error and not len(found.id):
@@ -226,46 +245,45 @@ def _run(
     return assemble(engine, spec, found, rewards, draws, also, status)
 
 
-class _Progress:
-    """A bar over network rows, with the best and the mean reward."""
-
-    def __init__(self, engine: Engine, spec: Spec, show: bool) -> None:
-        nfe = spec.budget.nfe
-        total = None if nfe is None else nfe * len(engine.model.prompts)
-        self._engine, self._seen, self._sum, self._best = engine, 0, 0.0, -math.inf
-        self._finite = 0
-        self._bar = tqdm(total=total, unit="row", disable=not show, mininterval=0.2)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._bar.close()
-
-    def update(self, engine: Engine) -> None:
-        if self._bar.disable:
-            return
-        for r in engine.history.reward[self._seen :]:
-            if math.isfinite(r):
-                self._best = max(self._best, r)
-                self._sum += r
-                self._finite += 1
-        self._seen = len(engine.history.reward)
-        if self._finite:
-            self._bar.set_postfix(
-                best=f"{self._best:.4g}", mean=f"{self._sum / self._finite:.4g}", refresh=False
-            )
-        self._bar.update(int(engine.ledger.rows.sum()) - self._bar.n)
-
-
 def _reopened(model, reward, guidance, settings: Settings, saved: journal.Saved) -> Engine:
     stores = saved.states.to(model.device), saved.cleans.to(model.device)
     return Engine(model, reward, guidance, settings, saved.record, *stores)
 
 
-def _check(
-    model, reward, sampler, draws, lam, kl, ess, seed, guidance, weights, batch, on_error
-) -> None:
+def _settled(sampler: Any, state: Any) -> Any:
+    """The sampler with what it took from its budget made explicit, if it can say."""
+    resolved = getattr(sampler, "resolved", None)
+    return sampler if resolved is None else resolved(state)
+
+
+def _continued(folder: Any, saved: journal.Saved, asked: Spec, engine: Engine) -> Spec:
+    """What to run on top of a record: the same again, or the same under a larger budget.
+
+    Raises:
+        ValueError: a limit below the record's, or one that it has not.
+    """
+    kept = spec_of(saved, asked.sampler)
+    began = decode(saved.header["spec"]["budget"], None)
+    limits = ("nfe", "reward_calls")
+    if all(getattr(asked.budget, name) == getattr(began, name) for name in limits):
+        return dataclasses.replace(kept, sampler=asked.sampler, budget=asked.budget)
+    for name in limits:
+        had, wanted = getattr(kept.budget, name), getattr(asked.budget, name)
+        if (had is None) != (wanted is None) or (had is not None and wanted < had):
+            raise ValueError(
+                f"{name}={wanted}: the record in {str(folder)!r} is of a run with {name}={had}. "
+                "Give that or more, or another folder."
+            )
+    state = kept.sampler.init(engine.plan(kept.lam, kept.seed, kept.main_budget()))
+    settled = _settled(kept.sampler, state)
+    return dataclasses.replace(kept, sampler=settled, budget=asked.budget)
+
+
+def _end(engine: Engine, status: str) -> dict[str, Any]:
+    return {"status": status, "first_error": engine.ledger.first_error}
+
+
+def _check(model, reward, sampler, lam, kl, ess, seed, guidance, weights) -> None:
     if not isinstance(model, Model):
         hint = "steering.from_pipeline(pipe) makes one of a diffusers pipeline"
         raise TypeError(f"model is a {type(model).__name__}, not a steering.Model: {hint}.")
@@ -277,8 +295,6 @@ def _check(
     missing = [m for m in ("init", "ask", "tell", "done", "result") if not hasattr(sampler, m)]
     if missing:
         raise TypeError(f"sampler={sampler!r} has no {', '.join(missing)}: give a sampler.")
-    if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
-        raise ValueError(f"draws={draws!r}: give a whole number >= 1, or None for all.")
     if sum(v is not None for v in (lam, kl, ess)) > 1:
         raise ValueError(f"lam={lam}, kl={kl}, ess={ess}: give one of them, each fixes λ.")
     if lam is not None and not (isinstance(lam, (int, float)) and 0 <= lam < math.inf):
@@ -291,11 +307,19 @@ def _check(
         raise TypeError(f"seed={seed!r}: give an int.")
     if weights not in ("exact", "none"):
         raise ValueError(f"weights={weights!r}: give 'exact' or 'none'.")
-    if guidance is not None and not hasattr(guidance, "propose"):
-        raise TypeError(f"guidance={guidance!r} has no propose: give a Guidance.")
+    lacking = [m for m in ("propose", "rows", "exact") if not hasattr(guidance, m)]
+    if guidance is not None and lacking:
+        raise TypeError(f"guidance={guidance!r} has no {', '.join(lacking)}: give a Guidance.")
     if guidance is not None and weights == "exact" and not guidance.exact:
         name = type(guidance).__name__
         raise ValueError(f"weights='exact': {name} has no density, so say weights='none'.")
+
+
+def _check_wishes(draws, also, batch, on_error) -> None:
+    if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
+        raise ValueError(f"draws={draws!r}: give a whole number >= 1, or None for all.")
+    if not isinstance(also, (list, tuple)) or not all(callable(held_out) for held_out in also):
+        raise TypeError(f"also={also!r}: give a list of rewards, (items, prompts) -> [N].")
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch={batch!r}: give a whole number >= 1.")
     if on_error not in ("fail", "raise"):

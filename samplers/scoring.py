@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 OnError = Literal["fail", "raise"]
 # An item cannot make these happen, a mistake in the program can: they always end the run.
 _PROGRAMMING = (TypeError, NameError, AttributeError, ImportError, NotImplementedError)
+_NOT_FINITE = "a decoded item that is not finite"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Scores:
     reward: Tensor  # [N] float64, nan where failed
     calls: int  # items scored, retries included
     error: str | None  # the last thing that went wrong, for the report
+    seconds: float = 0.0  # decoding and scoring took
 
 
 def reward_name(reward: Any) -> str:
@@ -73,6 +76,8 @@ class WrongShapeError(ValueError):
 
 
 def _as_scores(value: Any, n: int, reward: Any) -> Tensor:
+    if not isinstance(value, Tensor) and not hasattr(value, "__iter__"):
+        value = torch.as_tensor(value)  # a bare number: the shape is what is wrong
     if not isinstance(value, Tensor):
         value = torch.tensor(
             [math.nan if v is None else float(v) for v in value], dtype=torch.float64
@@ -96,9 +101,6 @@ class Scorer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward")
         self._jobs: list[tuple[Any, Future[Scores]]] = []
 
-    def __len__(self) -> int:
-        return len(self._jobs)
-
     def submit(self, tag: Any, x: Tensor, row: list[int]) -> None:
         """Score clean states x [N, *D] of conditions `row`; `tag` comes back with the answer."""
         self._jobs.append((tag, self._pool.submit(self._run, x, row)))
@@ -108,23 +110,44 @@ class Scorer:
         answers = []
         while self._jobs and (self._jobs[0][1].done() or (wait and not answers)):
             tag, job = self._jobs.pop(0)
-            answers.append((tag, job.result()))
+            if not job.cancelled():
+                answers.append((tag, job.result()))
         return answers
 
     def close(self) -> None:
-        """Let a call that is running end, and start no other."""
+        """Let a call that is running end, and start no other: `finished` has its answer."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, x: Tensor, row: list[int]) -> Scores:
-        with torch.no_grad():
-            items = self._decode(x)
         prompts = [self._prompts[r] for r in row]
-        scores = call_reward(self._reward, items, prompts, self._on_error)
+        decoded = _Decoded(self._decode, self._reward)
+        began = time.perf_counter()
+        scores = call_reward(decoded, x, prompts, self._on_error)
+        error = _NOT_FINITE if decoded.broken else scores.error
+        return replace(scores, error=error, seconds=time.perf_counter() - began)
+
+
+@dataclass
+class _Decoded:
+    """A reward of latent states: what fails to decode has failed, like what fails to score; a batch
+    too large to decode is tried one by one."""
+
+    decode: Callable
+    reward: Any
+    broken: bool = False  # has an item come out of `decode` that is not finite?
+
+    @property
+    def name(self) -> str:
+        return reward_name(self.reward)
+
+    def __call__(self, x: Tensor, prompts: Sequence[Any]) -> Any:
+        items = self.decode(x)
+        value = self.reward(items, prompts)
         if not isinstance(items, Tensor) or not items.is_floating_point():
-            return scores
+            return value
         # a reward may turn broken pixels into a number; it would mean nothing
         broken = ~items.flatten(1).isfinite().all(1).cpu()
         if not broken.any():
-            return scores
-        reward = scores.reward.masked_fill(broken, torch.nan)
-        return Scores(reward, scores.calls, scores.error or "a decoded item that is not finite")
+            return value
+        self.broken = True
+        return _as_scores(value, len(prompts), self).masked_fill(broken, torch.nan)

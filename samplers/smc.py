@@ -73,7 +73,9 @@ class SMC:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown: give one of {', '.join(known)}."
                 )
-        if isinstance(self.ess, bool) or not 0 <= self.ess <= 1:
+        if not isinstance(self.levels, (tuple, list, type(None))):
+            raise ValueError(f"levels={self.levels!r}: give a tuple of step indices, or None.")
+        if type(self.ess) not in (int, float) or not 0 <= self.ess <= 1:
             raise ValueError(f"ess={self.ess!r} is no share of the particles: give 0 to 1.")
 
     def init(self, plan: Plan) -> Populations:

@@ -9,7 +9,7 @@ from typing import Any
 from samplers import journal
 from samplers.core import Budget, Sampler
 from samplers.scoring import reward_name
-from steering.core import Model
+from steering.core import Guidance, Model
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,20 @@ class Spec:
     sampler: Any
     lam: float
     seed: int
-    budget: Budget  # of the whole run, the pilot included
+    budget: Budget  # of the whole run, finding lam included
     weights: str
-    pilot: int = 0  # walks per condition that were spent on finding lam
-    pilot_rows: tuple[int, ...] = ()  # [R] network rows that those took
+    aim: tuple[str, float] | None = None  # the target lam was sought for: ("kl" or "ess", value)
+    lam_walks: int = 0  # walks per condition that were spent on finding lam
+    lam_rows: tuple[int, ...] = ()  # [R] network rows that those took
+
+    def main_budget(self) -> Budget:
+        """What finding lam has left of the budget."""
+        nfe, reward_calls = self.budget.nfe, self.budget.reward_calls
+        if nfe is not None and self.lam_rows:
+            nfe -= max(self.lam_rows)
+        if reward_calls is not None:
+            reward_calls -= self.lam_walks
+        return dataclasses.replace(self.budget, nfe=nfe, reward_calls=reward_calls)
 
 
 def encode(value: Any) -> Any:
@@ -38,7 +48,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any, own: Sampler | None) -> Any:
-    """What `encode` was given; `own` stands in for a sampler of its name that is not ours."""
+    """What `encode` was given; `own` tells the class of a sampler of its name that is not ours."""
     if isinstance(value, list):
         return tuple(decode(v, own) for v in value)
     if not isinstance(value, dict):
@@ -48,20 +58,22 @@ def decode(value: Any, own: Sampler | None) -> Any:
     known = {"Spec": Spec, "Budget": Budget, **{n: getattr(samplers, n) for n in samplers.__all__}}
     kind = value["type"]
     if own is not None and type(own).__name__ == kind:
-        return own
+        if not dataclasses.is_dataclass(own):
+            return own
+        known[kind] = type(own)
     if not dataclasses.is_dataclass(known.get(kind)):
         raise ValueError(f"the record names a sampler {kind!r} that is not ours: give sampler=.")
     return known[kind](**{k: decode(v, own) for k, v in value.items() if k != "type"})
 
 
-def header(model: Model, reward: Any, spec: Spec, aim: dict | None) -> dict[str, Any]:
-    """First line of a run's journal; `aim` is the target λ was sought for, if any."""
+def header(model: Model, reward: Any, guidance: Guidance | None, spec: Spec) -> dict[str, Any]:
+    """First line of a run's journal."""
     return {
         "model": model.name,
         "steps": model.process.steps,
         "prompts": [str(p) for p in model.prompts],
         "reward": reward_name(reward),
-        "aim": aim,
+        "guidance": None if guidance is None else type(guidance).__name__,
         "spec": encode(spec),
     }
 
@@ -72,12 +84,19 @@ def spec_of(saved: journal.Saved, own: Sampler | None) -> Spec:
     return decode(specs[-1], own)
 
 
-def check_same_run(folder: Any, kept: dict[str, Any], asked: dict[str, Any]) -> None:
-    """ValueError, naming the first difference, unless the record is of the run asked for."""
-    drop = ("pilot", "pilot_rows", *(("lam",) if asked["aim"] else ()))
-    for name in ("model", "steps", "prompts", "reward", "aim"):
+def check_same_model(folder: Any, kept: dict[str, Any], asked: dict[str, Any]) -> None:
+    """ValueError, naming the first difference, unless a record is of this model and reward, as far
+    as their names tell."""
+    for name in ("model", "steps", "prompts", "reward", "guidance"):
         if kept[name] != asked[name]:
             raise ValueError(_other(folder, name, kept[name], asked[name]))
+
+
+def check_same_run(folder: Any, kept: dict[str, Any], asked: dict[str, Any]) -> None:
+    """ValueError, naming the first difference, unless the record is of the run asked for, or of its
+    beginning under a smaller budget."""
+    check_same_model(folder, kept, asked)
+    drop = ("budget", "lam_walks", "lam_rows", *(("lam",) if asked["spec"]["aim"] else ()))
     for name, value in asked["spec"].items():
         if name not in drop and kept["spec"][name] != value:
             raise ValueError(_other(folder, name, kept["spec"][name], value))
@@ -85,6 +104,6 @@ def check_same_run(folder: Any, kept: dict[str, Any], asked: dict[str, Any]) -> 
 
 def _other(folder: Any, name: str, kept: Any, asked: Any) -> str:
     return (
-        f"record={str(folder)!r} holds another run: its {name} is {kept!r}, asked for is "
-        f"{asked!r}. Give another folder; to raise a budget, load it and call more()."
+        f"the record in {str(folder)!r} is of another run: its {name} is {kept!r}, asked for is "
+        f"{asked!r}. Give another folder, or ask as it was asked."
     )

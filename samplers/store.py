@@ -26,10 +26,6 @@ class Store:
     def __len__(self) -> int:
         return len(self._slot)
 
-    def handles(self) -> list[int]:
-        """Every handle that is kept, in the order of keeping."""
-        return list(self._slot)
-
     def put(self, handles: list[int], x: Tensor) -> None:
         """Keep x [N, *D] under N handles; a handle that is kept already is written over."""
         if not handles:

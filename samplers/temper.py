@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -12,52 +13,89 @@ from torch import Tensor
 from samplers.ancestral import Ancestral
 from samplers.core import Budget
 from samplers.engine import Engine
+from samplers.progress import Progress
 from samplers.spec import Spec
 from steering.noise import child_key, root_key
 
 _PILOT = -3  # child of a seed's root key that the walks of the λ pilot descend from
-_PILOT_SHARE, _PILOT_LEAST, _PILOT_MOST = 0.1, 16, 256  # of the budget, and walks per condition
+_SHARE, _LEAST, _MOST = 0.1, 16, 256  # of the budget, and walks per condition
+_FEW = 5  # a λ that leaves fewer effective walks of the pilot is mostly chance
 
 
-def find_lam(engine: Engine, spec: Spec, aim: dict[str, float | None]) -> Spec:
-    """λ that reaches a target on a counted pilot of independent walks.
+def find_lam(engine: Engine, spec: Spec, progress: bool) -> Spec:
+    """λ that reaches `spec.aim` on a counted pilot of independent walks of the unguided model.
 
     KL(λ) = λ E_λ[r] - log E_p[exp(λ r)] rises with λ, the effective sample size falls, so each is
     met by bisection on log λ; several conditions count by their mean.
+
+    Raises:
+        ValueError: before the first network row, if the budget is too small for a pilot; after it,
+            if the target cannot be met.
+        KeyboardInterrupt: it was stopped; nothing was found yet.
     """
+    assert spec.aim is not None
+    kind, target = spec.aim
     way = int(engine.network.rows.sum(1).max())
-    nfe = spec.budget.nfe
-    n = _PILOT_LEAST * 4 if nfe is None else int(_PILOT_SHARE * nfe) // way
-    n = min(max(n, _PILOT_LEAST), _PILOT_MOST)
-    if nfe is not None and 2 * n * way > nfe:
-        raise ValueError(
-            f"nfe={nfe} is too small to find lam by a pilot: {n} walks of {way} rows take more "
-            "than half. Raise nfe or give lam."
-        )
+    n = _affordable(spec.budget, way)
     seed = int(child_key(root_key(spec.seed, torch.tensor([0])), _PILOT))
-    plan = engine.plan(1.0, seed, Budget())
-    pilot = Ancestral(n)
-    walks = pilot.init(plan)
-    engine.run(pilot, walks, plan)
+    pilot = Engine(engine.model, engine.reward, None, engine.settings)
+    plan = pilot.plan(1.0, seed, Budget())
+    walks = Ancestral(n).init(plan)
+    total = n * int(pilot.network.rows.sum())
+    with Progress(total, progress, what=f"lam for {kind}={target:g}") as bar:
+        status = pilot.run(Ancestral(n), walks, plan, spec.budget.seconds, bar.update)
+    engine.ledger.add(pilot.ledger)
+    if status == "interrupted":
+        raise KeyboardInterrupt
+    if status == "seconds":
+        raise ValueError(
+            f"seconds={spec.budget.seconds} ran out in the pilot of {n} walks that finds lam: "
+            "raise it, or give lam."
+        )
     id, _ = walks.found()
     r, row = walks.reward[id], walks.row(id)
     rewards = [r[row == c] for c in row.unique().tolist()]
     if not rewards or all(float(v.max() - v.min()) == 0 for v in rewards):
         raise ValueError("the pilot saw no spread of rewards, so no lam has the target: give lam.")
-    if aim["kl"] is not None:
-        target, value = float(aim["kl"]), _kl
-    else:
-        target, value = -float(aim["ess"] or 0.0), lambda v, lam: -_ess_per_walk(v, lam)
+
+    def value(log_lam: float) -> float:  # rises with λ
+        return _mean_over(_kl, rewards, log_lam) if kind == "kl" else -effective(log_lam)
+
+    def effective(log_lam: float) -> float:
+        return _mean_over(_ess_per_walk, rewards, log_lam)
+
+    aim = target if kind == "kl" else -target
     low, high = -30.0, 30.0
-    if _mean_over(value, rewards, high) < target:
+    if value(high) < aim:
         raise ValueError(
-            f"the target lies beyond what {n} pilot walks can show: aim lower or give lam."
+            f"{kind}={target:g} lies beyond what {n} pilot walks can show: aim lower or give lam."
         )
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if _mean_over(value, rewards, middle) < target else (low, middle)
-    rows = tuple(engine.ledger.rows.tolist())
-    return dataclasses.replace(spec, lam=math.exp(high), pilot=n, pilot_rows=rows)
+        low, high = (middle, high) if value(middle) < aim else (low, middle)
+    if (left := effective(high) * n) < _FEW:
+        warnings.warn(
+            f"lam={math.exp(high):.3g} for {kind}={target:g} rests on {left:.1f} effective walks "
+            f"of a pilot of {n}: it may be far off. Aim lower, raise the budget or give lam.",
+            stacklevel=3,
+        )
+    rows = tuple(pilot.ledger.rows.tolist())
+    return dataclasses.replace(spec, lam=math.exp(high), lam_walks=n, lam_rows=rows)
+
+
+def _affordable(budget: Budget, way: int) -> int:
+    """Walks of the pilot: a tenth of the budget if that is enough, never more than half."""
+    n, most = _LEAST * 4, _MOST
+    limits = {"nfe": (budget.nfe, way), "reward_calls": (budget.reward_calls, 1)}
+    shares = [int(_SHARE * limit) // each for limit, each in limits.values() if limit is not None]
+    n = min(max(min(shares, default=n), _LEAST), most)
+    for name, (limit, each) in limits.items():
+        if limit is not None and 2 * n * each > limit:
+            raise ValueError(
+                f"{name}={limit} is too small to find lam by a pilot: {n} walks take {n * each}, "
+                "more than half. Raise it or give lam."
+            )
+    return n
 
 
 def _mean_over(

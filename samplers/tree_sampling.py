@@ -69,7 +69,7 @@ class TreeSampling:
     def init(self, plan: Plan) -> Growth:
         published = self.law == "published"
         branch = "even" if published and self.branch == "auto" else self.branch
-        walks = pilot_walks(branch, self.pilot, plan, share=1 / 4, least=40, most=96)
+        walks = pilot_walks(branch, self.pilot, plan, (), share=1 / 4, least=40, most=96)
         hot = float(plan.lam > 0)  # at λ = 0 nothing is preferred
         return Growth(
             plan,
@@ -78,7 +78,7 @@ class TreeSampling:
                 backup=backup.log_mean_exp if plan.lam else backup.mean,
                 widening=self.widening or (PUBLISHED if published else WIDENING),
                 levels=() if branch == "auto" and not walks else levels(branch, walks, plan),
-                parallel=leaves_in_flight(self.parallel, plan),
+                parallel=leaves_in_flight(self.parallel, plan, ()),
                 walks=walks,
                 flat_if_common=True,
                 look=False,
@@ -107,6 +107,7 @@ class TreeSampling:
             log_z=log_z,
             ranked=False,
             tree=tree,
+            biased="drawn by the published law" if self.law == "published" else "",
         )
 
     def resolved(self, state: Growth) -> TreeSampling:

@@ -30,7 +30,8 @@ class TreeSearch:
     A rollout goes down to the child with the largest v(c) + c_uct·s·sqrt(log N / N(c)), s the
     standard deviation of the rewards that the tree has seen, N counting rollouts in flight; it
     expands a node where the widening rule grants a child. Draws are ranked: distinct leaves, best
-    first.
+    first. The leaf that the paper returns, down the children of largest value, which need not be
+    the best one seen, is `result.tree.greedy()`.
 
     With branch="auto" a pilot of independent walks and siblings measures where rewards begin to
     agree (see `TreeSampling`), and the tree branches there.
@@ -67,13 +68,15 @@ class TreeSearch:
             raise ValueError(f'backup={self.backup!r} is unknown: give "soft" or "max".')
         if self.value not in ("rollout", "clean"):
             raise ValueError(f'value={self.value!r} is unknown: give "rollout" or "clean".')
-        if not 0 <= self.c_uct < float("inf"):
+        if not isinstance(self.c_uct, (int, float)) or not 0 <= self.c_uct < float("inf"):
             raise ValueError(f"c_uct={self.c_uct!r}: give standard deviations, 0 or more.")
         check(self.branch, self.widening, self.parallel, self.pilot)
 
     def init(self, plan: Plan) -> Growth:
         soft = backup.log_mean_exp if plan.lam else backup.mean
-        walks = pilot_walks(self.branch, self.pilot, plan, share=1 / 8, least=6, most=64)
+        # a pilot plants the most nodes, and with value="clean" each of them takes a look
+        looks = levels(self.branch, 1, plan) if self.value == "clean" else ()
+        walks = pilot_walks(self.branch, self.pilot, plan, looks, share=1 / 8, least=6, most=64)
 
         def choose(arena: Arena, node: int, u: Callable[[], float]) -> tuple[int, float]:
             width = self.c_uct * arena.scale * arena.spread()
@@ -86,7 +89,7 @@ class TreeSearch:
                 backup=soft if self.backup == "soft" else backup.maximum,
                 widening=self.widening or WIDENING,
                 levels=levels(self.branch, walks, plan),
-                parallel=leaves_in_flight(self.parallel, plan),
+                parallel=leaves_in_flight(self.parallel, plan, looks),
                 walks=walks,
                 flat_if_common=False,
                 look=self.value == "clean",

@@ -88,6 +88,28 @@ class Tree:
         log_z = torch.where(best.isfinite(), log_z + self.lam * best - trials, torch.nan)
         return index, log_weight, log_z
 
+    def greedy(self) -> Tensor:
+        """Index [R] of the leaf that the largest value leads to from each root; -1 without one.
+
+        What Diffusion Tree Search (arXiv 2506.20701) returns. With means as values it prefers a
+        neighbourhood that is good throughout to a single lucky leaf.
+        """
+        finished = self.reward.isfinite()
+        held = finished.clone()  # is there a leaf at or below? Children stand after their parents
+        for node in range(len(self.parent) - 1, -1, -1):
+            if held[node] and self.parent[node] >= 0:
+                held[self.parent[node]] = True
+        at = (self.parent < 0).nonzero()[:, 0]  # [R]
+        for r, root in enumerate(at.tolist()):
+            node = root
+            while not finished[node]:
+                children = ((self.parent == node) & held).nonzero()[:, 0]
+                if not len(children):
+                    break
+                node = int(children[self.value[children].argmax()])
+            at[r] = node if finished[node] else -1
+        return at
+
     def top(self, index: Tensor) -> Tensor:
         """Handles [K] of the root's children above nodes [K]: equal for nodes that share x_T."""
         while (inner := self.parent[self.parent[index]] >= 0).any():

@@ -49,6 +49,13 @@ def parse_sampler(words: Sequence[str]) -> Any:
     return kind(**values)
 
 
+def sampler_words(sampler: Any) -> list[str]:
+    """The words that `parse_sampler` makes this sampler of."""
+    (name,) = [name for name, kind in _SAMPLERS.items() if type(sampler) is kind]
+    fields = [f for f in dataclasses.fields(sampler) if getattr(sampler, f.name) != f.default]
+    return [name, *(f"{f.name}={_shown(getattr(sampler, f.name))}" for f in fields)]
+
+
 def parse_reward(text: str, device: str) -> Any:
     """`classifier:4,9`, `pair:4,9`, `jpeg`, `module:function`, or a sum `0.7*A + 0.3*B` of them."""
     terms = []
@@ -105,4 +112,6 @@ def sampler_help() -> str:
 
 
 def _shown(default: Any) -> str:
-    return f"{default.c:g},{default.alpha:g}" if isinstance(default, Widening) else str(default)
+    if isinstance(default, Widening):
+        return f"{default.c:g},{default.alpha:g}"
+    return str(default).replace(" ", "")

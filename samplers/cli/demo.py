@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,26 @@ from steering import from_pipeline, rewards, zoo
 
 _EVEN = (0, 2, 4, 6, 8)
 _STEPS, _DRAWS = 25, 32
+
+
+def add(commands: Any) -> None:
+    """The parser of this command."""
+    demo = commands.add_parser("demo", help="steer the built-in MNIST model to even digits")
+    demo.description = (
+        "Draws from the built-in MNIST model with and without steering to even digits, prints a "
+        "table of what each sampler found and spent, and writes pictures."
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
+    demo.add_argument("--seed", type=int, default=0, help="of all noise (default: 0)")
+    demo.add_argument(
+        "--nfe", type=int, default=2000, help="network rows per sampler (default: 2000)"
+    )
+    demo.set_defaults(run=_demo)
+
+
+def _demo(given: argparse.Namespace) -> int:
+    run(given.out, seed=given.seed, nfe=given.nfe)
+    return 0
 
 
 def run(out: Path, *, seed: int, nfe: int) -> dict[str, Result]:
