@@ -39,12 +39,12 @@ def cpu(run: Callable[[], int]) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer leaves and repeats")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of each run and the network")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of each run and the network")
     args = parser.parse_args()
     quick = args.quick
     torch.set_num_threads(1)
     header()
-    leaves, repeats = (4, 1) if quick else (LEAVES, args.repeats)
+    rollouts, repeats = (8, 1) if quick else (2 * LEAVES, args.repeats)
 
     pipe = zoo.load("mnist")
     single = from_pipeline(pipe, steps=STEPS)
@@ -66,15 +66,16 @@ def main() -> None:
     for b, seconds in sizes.items():
         print(f"bare network at batch {b:4d}: {seconds / (640 // b * b) * 1e3:.3f} ms per row")
 
-    nfe = leaves * STEPS
+    nfe = rollouts * STEPS
     settings = {"batch": BATCH, "progress": False}
     runs = {
-        "dts": (trees, TreeSampling(parallel=LEAVES), nfe),
-        "dts_star": (trees, TreeSearch(parallel=LEAVES), nfe),
+        # so few rollouts have no pilot, and a tree that stays flat would select nothing
+        "dts": (trees, TreeSampling(branch="even", parallel=LEAVES), nfe),
+        "dts_star": (trees, TreeSearch(branch="even", parallel=LEAVES), nfe),
         "smc": (trees, SMC(), nfe),
         "best_of_n": (trees, BestOfN(), nfe),
-        "single_dts": (single, TreeSampling(), 1000 if quick else 5000),
-        "single_dts_star": (single, TreeSearch(), 1000 if quick else 5000),
+        "single_dts": (single, TreeSampling(), 1000 if quick else 10_000),
+        "single_dts_star": (single, TreeSearch(), 1000 if quick else 10_000),
     }
     ratios: dict[str, list[float]] = {name: [] for name in runs}
     per_row: dict[str, list[float]] = {name: [] for name in runs}

@@ -81,7 +81,7 @@ def main() -> None:
     samplers += [
         SMC(k, potential, levels=(1, 2), ess=ess)
         for potential in ("difference", "max", "add")
-        for ess in (0.7, 1.0)
+        for ess in (0.9, 1.0)
     ]
     for sampler in samplers:
         z, error = scores(sampler, seeds, repeats)

@@ -1,12 +1,14 @@
 """Do samplers draw from the law they claim? Linear-Gaussian chains, where all of it is known.
 
 An affine denoiser makes the T-step chain itself Gaussian: its mean and variance are pushed forward
-in float64 through the tables that run, and a linear reward tilts them in closed form. One condition
-is one independent repetition. Two parts:
+in float64 through the tables that run, and a quadratic reward tilts them in closed form. One
+condition is one independent repetition. Two parts:
 
 1. unbiased estimates of importance sampling and SMC: Ẑ / Z, and mean and variance of the tilted
-   law, each repetition weighed by its own Ẑ; z = (estimate - truth) / standard error;
-2. tree sampling: bias and spread of log Ẑ of one tree, by path weights and by the published law.
+   law, each repetition weighed by its own Ẑ; z = (estimate - truth) / standard error; the reward is
+   x - x²/2, which shifts and narrows the law;
+2. tree sampling: bias and spread of log Ẑ of one tree, by path weights and by the published law;
+   the reward is x, whose exponential has a heavier tail.
 
     python -m benchmarks.gaussian_law [--quick]
 """
@@ -27,7 +29,7 @@ from tests.exact import GaussianChain, gaussian_chain, tilted
 from tests.exact.estimates import average, tilted_moments
 from tests.exact.guided import Push
 
-LAM = 1.0
+LAM, CURVE = 1.0, 1.0
 GOAL = ("path, default", "path, even branches")
 TREES = {
     "path, default": TreeSampling(),
@@ -47,6 +49,10 @@ def line(x: Tensor, _: object) -> Tensor:
     return x[:, 0]
 
 
+def bowl(x: Tensor, _: object) -> Tensor:
+    return x[:, 0] - CURVE * x[:, 0] ** 2 / 2
+
+
 def unbiased(repeats: int, walks: int) -> list[dict]:
     """Part 1: one row per chain, sampler and estimate."""
     samplers = {
@@ -59,12 +65,12 @@ def unbiased(repeats: int, walks: int) -> list[dict]:
     rows = []
     for kind in ("vp", "flow"):
         model = gaussian_chain(0.3, 1.0, steps=10, kind=kind, conditions=repeats)
-        new_mean, new_var, log_z = tilted(*law_of(model), LAM)
+        new_mean, new_var, log_z = tilted(*law_of(model), LAM, LAM * CURVE)
         truth = {"z": 1.0, "mean": float(new_mean), "var": float(new_var)}
         for name, (sampler, guidance) in samplers.items():
             began = time.process_time()
             result = sample(
-                model, line, sampler, lam=LAM, guidance=guidance, batch=4096, progress=False
+                model, bowl, sampler, lam=LAM, guidance=guidance, batch=4096, progress=False
             )
             seconds = time.process_time() - began
             for what, (estimate, error) in tilted_moments(result, log_z).items():

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from samplers import TreeSampling, cli, load
-from samplers.words import parse_reward, parse_sampler
+from samplers import SMC, BestOfN, Importance, TreeSampling, TreeSearch, cli, load
+from samplers.cli.words import parse_reward, parse_sampler, sampler_words
 from search.widen import Widening
 from steering import from_pipeline, zoo
 from steering.rewards import Classifier, Jpeg, Sum
@@ -68,6 +68,7 @@ def test_sample_writes_pictures_an_account_and_the_record(own):
     assert len(list((out / "images").iterdir())) == account["distinct"]
     for name in ("grid.png", "tree.png", "curve.png"):
         assert Image.open(out / name).size[0] >= 72
+    assert "<canvas" in (out / "tree.html").read_text(encoding="utf-8")
     model = from_pipeline(zoo.load("mnist"), steps=4)
     again = load(out / "record", model, Jpeg(), draws=5)
     assert again.rewards.tolist() == draws["rewards"]
@@ -89,7 +90,7 @@ def test_sample_asked_again_answers_from_its_record(own, capsys):
 def test_demo_writes_its_pictures_and_a_table(tmp_path, capsys):
     assert cli.main(["demo", "--out", str(tmp_path / "demo"), "--nfe", "800"]) == 0
     printed = capsys.readouterr()
-    for word in ("plain draws", "importance", "DTS", "DTS*", "mean reward", "tree.png"):
+    for word in ("plain draws", "importance", "DTS", "DTS*", "mean reward", "tree.html"):
         assert word in printed.out
     for name in ("plain", "importance", "dts", "dts_star", "tree", "curve"):
         assert Image.open(tmp_path / "demo" / f"{name}.png").size[0] >= 72
@@ -181,3 +182,105 @@ def test_help_names_every_sampler_and_its_options(capsys):
     text = capsys.readouterr().out
     for word in ("ancestral", "best-of-n", "importance", "smc", "dts", "dts-star", "law=path"):
         assert word in text
+
+
+SWEEP = """
+model = "zoo:mnist"
+steps = 4
+nfe = [16, 32]
+seeds = 2
+draws = 20
+also = ["jpeg"]
+extractor = "mnist-classifier"
+reference = 60
+objective = "mmd"
+tuning_seeds = 1
+device = "cpu"
+
+[task]
+even = "classifier:0,2,4,6,8"
+
+[sampler]
+importance = "importance"
+SMC = ["smc particles=2", "smc levels=(2,)"]
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_goes_on_and_is_drawn(own, capsys):
+    Path("sweep.toml").write_text(SWEEP)
+    assert cli.main(["sweep", "sweep.toml", "--out", "out", "--nfe", "16", "--minutes", "0"]) == 0
+    assert "time is up" in capsys.readouterr().out
+    assert cli.main(["sweep", "sweep.toml", "--out", "out", "--nfe", "16"]) == 0
+    printed = capsys.readouterr().out
+    assert "| SMC |" in printed
+    assert "done" in printed
+    assert cli.main(["sweep", "sweep.toml", "--out", "out", "--quiet"]) == 0
+    assert cli.main(["sweep", "sweep.toml", "--out", "out"]) == 0
+    assert "seed" not in capsys.readouterr().out.split("**even**")[0]  # nothing is done twice
+    assert cli.main(["plot", "out"]) == 0
+    for metric in ("frechet", "mmd", "reward", "also-jpeg-kb"):
+        for against in ("nfe", "seconds"):
+            assert Image.open(f"out/{metric}-{against}.png").size[0] > 400
+    assert Path("out/table.csv").read_text().count("\n") == 1 + 2 * 2 * 2
+    for name in ("table.md", "table.parquet"):
+        assert Path("out", name).exists()
+    assert cli.main(["plot", "out", "--metric", "ess", "--format", "svg"]) == 0
+    assert Path("out/ess-nfe.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["sweep"], "--task"),
+        (["sweep", "none.toml"], "none.toml"),
+        (["sweep", "bad.toml"], "colour"),
+        (["sweep", "broken.toml"], "broken.toml"),
+        (["sweep", "table.toml"], "nfe is a table"),
+        (["sweep", "list.toml"], "seeds is a list"),
+        (["sweep", "text.toml"], "--seeds"),
+        (["sweep", "sweep.toml", "--task", "odd"], "--task odd"),
+        (["sweep", "sweep.toml", "--sampler", "x=mcts"], "mcts"),
+        (["sweep", "sweep.toml", "--shard", "1"], "--shard 1"),
+        (["sweep", "sweep.toml", "--shard", "2/2"], "shard"),
+        (["sweep", "sweep.toml", "--extractor", "eyes"], "eyes"),
+        (["sweep", "sweep.toml", "--objective", "fid"], "objective"),
+        (["plot", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_in_a_sweep_gets_one_line(own, capsys, arguments, names):
+    Path("sweep.toml").write_text(SWEEP)
+    Path("bad.toml").write_text("colour = 3")
+    Path("broken.toml").write_text("nfe = [")
+    Path("table.toml").write_text("[nfe]\na = 3")
+    Path("list.toml").write_text("seeds = [1, 2]")
+    Path("text.toml").write_text('seeds = "few"')
+    assert names in fails(capsys, *arguments)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("goal", ["draws", "best"])
+def test_advice_is_a_command_that_runs(own, capsys, goal):
+    import shlex
+
+    asked = ["--model", "zoo:mnist", "--steps", "8", "--reward", "0.5*jpeg", "--device", "cpu"]
+    assert cli.main(["advise", *asked, "--nfe", "400", "--goal", goal, "--quiet"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("siblings agree") for line in printed)
+    command = shlex.split(printed[-1])
+    assert command[:2] == ["steer", "sample"]
+    assert cli.main([*command[1:], "--out", "out", "--quiet"]) == 0
+    account = json.loads(Path("out/result.json").read_text())
+    assert cli.main(["advise", *asked, "--nfe", "400", "--json", "--goal", goal]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["command"] == command
+    assert account["nfe"] <= figures["nfe"] == 400 - figures["pilot_rows"]
+    assert len(figures["agree"]) == len(figures["steps"])
+
+
+def test_the_words_of_a_sampler_make_it_again():
+    for sampler in (
+        TreeSampling(branch=(1, 5), widening=Widening(2, 0.8), law="published"),
+        TreeSearch(value="clean"), SMC(16, levels=(2, 3)), BestOfN(), Importance(7),
+    ):  # fmt: skip
+        assert parse_sampler(sampler_words(sampler)) == sampler

@@ -388,6 +388,59 @@ def test_a_sampler_that_breaks_its_contract_is_told():
         run_script(*[Rollouts.of([1], -1, 0, 4, [5], 0, False)] * 2)
     with pytest.raises(RuntimeError, match="does not fit"):
         run_script(Rollouts.of([1], -1, 5, 4, [5], 0, False))
+    with pytest.raises(RuntimeError, match="not kept"):
+        run_script(Rollouts.of([1], 7, 0, 4, [5], 0, False))
+
+
+class Greedy:
+    """Asks for what it may not."""
+
+    def init(self, plan):
+        return []
+
+    def ask(self, state, room):
+        state.append(len(state))
+        return Rollouts.from_prior([state[-1]], [state[-1]], 0, 10, True)
+
+    def tell(self, state, walked):
+        pass
+
+    def done(self, state):
+        return len(state) > 100
+
+    def result(self, state):
+        raise AssertionError("it was stopped before")
+
+
+@pytest.mark.parametrize("budget", [{"nfe": 55}, {"reward_calls": 5}])
+def test_a_sampler_cannot_overrun_its_budget(budget):
+    model = brownian()
+    with pytest.raises(RuntimeError, match="asked for walks beyond"):
+        sample(model, first, Greedy(), **budget, **QUIET)
+    assert sum(model.denoiser.rows_seen) <= 55
+
+
+def test_what_is_scored_when_the_clock_runs_out_is_kept():
+    def slow(items, prompts):
+        time.sleep(0.3)
+        return items[:, 0]
+
+    run = sample(brownian(), slow, BestOfN(500), seconds=0.1, **QUIET)
+    assert run.status == "seconds"
+    assert run.distinct == int(run.spent.reward_calls) > 0
+
+
+def test_an_item_whose_decoding_raises_has_failed_alone():
+    def fragile(x):
+        if (x > 1.5).any():
+            raise RuntimeError("out of memory, say")
+        return x
+
+    run = sample(replace(brownian(), decode=fragile), first, BestOfN(100), **QUIET)
+    assert 0 < run.failed < 40
+    assert run.distinct == 100 - run.failed
+    assert run.spent.first_error is not None
+    assert "out of memory" in run.spent.first_error
 
 
 # --- λ by its target ---------------------------------------------------------------------------
@@ -407,6 +460,28 @@ def test_lam_is_found_by_its_sample_size():
     """E[w]² / E[w²] = exp(-λ²) for N(0, 1): ess = exp(-1) is λ = 1."""
     run = sample(brownian(), first, Importance(), nfe=30_000, ess=math.exp(-1), **QUIET)
     assert abs(run.lam - 1) < 5 / math.sqrt(256)
+
+
+def test_the_pilot_keeps_every_limit():
+    """reward_calls bound it like nfe does, and what cannot run is refused before it."""
+    for budget in ({"reward_calls": 20}, {"nfe": 300}):
+        model = brownian()
+        with pytest.raises(ValueError, match=f"{next(iter(budget))}=.* is too small"):
+            sample(model, first, Importance(), kl=0.5, **budget, **QUIET)
+        assert model.denoiser.rows_seen == []
+    run = sample(brownian(), first, Importance(), reward_calls=640, kl=0.5, **QUIET)
+    assert run.spent.reward_calls.tolist() == [640]
+    assert run.distinct == 640 - 64  # a tenth went to the pilot
+    model = brownian()
+    with pytest.raises(ValueError, match="branch"):
+        sample(model, first, TreeSampling(branch=(99,)), nfe=3000, kl=0.5, **QUIET)
+    assert model.denoiser.rows_seen == []
+
+
+def test_a_target_that_rests_on_few_walks_warns():
+    # 16 walks show at most log 16 = 2.8 nats; 2.3 nats leave less than two of them
+    with pytest.warns(UserWarning, match="effective walks"):
+        sample(brownian(), first, Importance(), nfe=1000, kl=2.3, **QUIET)
 
 
 def test_a_target_that_no_pilot_can_show_is_refused():
@@ -433,6 +508,21 @@ def test_the_summary_tells_what_was_spent():
     for said in ("1000 network rows", "100 reward calls", "held out, _second", "ESS", "log Z"):
         assert said in text
     assert run.also["_second"].tolist() == run.items[:, 1].tolist()
+
+
+def test_the_summary_of_weighted_items_is_their_weighted_mean():
+    run = sample(brownian(), first, Importance(), nfe=2000, also=[_second], **QUIET)
+    mean = float((run.weights * run.rewards).sum())
+    assert f"mean {mean:.4f}" in str(run)
+    assert abs(mean - float(run.rewards.mean())) > 0.5  # tilted: 1 against 0
+    ranked = sample(brownian(), first, BestOfN(), nfe=2000, **QUIET)
+    assert f"mean {float(ranked.rewards.mean()):.4f}" in str(ranked)
+
+
+def test_the_published_law_is_labelled():
+    run = sample(brownian(), first, TreeSampling(law="published"), nfe=1000, **QUIET)
+    assert "BIASED: drawn by the published law" in str(run)
+    assert not sample(brownian(), first, TreeSampling(), nfe=1000, **QUIET).biased
 
 
 def _second(items, prompts):

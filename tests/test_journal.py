@@ -3,11 +3,13 @@
 import json
 import math
 import random
+import time
 
 import pytest
 import torch
 
 from samplers import (
+    SMC,
     BestOfN,
     CorruptRecordError,
     Importance,
@@ -153,6 +155,66 @@ def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
         assert torch.equal(resumed.weights, whole.weights)
 
 
+def test_a_record_goes_on_under_a_larger_budget(tmp_path):
+    """Asked for more, the same call goes on; killed on the way, it still does."""
+    sampler = TreeSampling()  # takes leaves in flight and its pilot from the first budget
+    settings = {"lam": 1.0, "seed": 1, "progress": False}
+    folder = tmp_path / "run"
+    small = sample(brownian(), first, sampler, nfe=1700, record=folder, **settings)
+    aside = sample(brownian(), first, sampler, nfe=1700, **settings).more(nfe=1300, progress=False)
+    sample(brownian(), _stops_after(40), sampler, nfe=3000, record=folder, **settings)
+    model = brownian()
+    large = sample(model, first, sampler, nfe=3000, record=folder, **settings)
+    assert large.nfe > small.nfe + 1000
+    assert sum(model.denoiser.rows_seen) - large.spent.padded < 1300
+    assert torch.equal(large.rewards, aside.rewards)
+    with pytest.raises(ValueError, match="nfe=2000: the record"):
+        sample(brownian(), first, sampler, nfe=2000, record=folder, **settings)
+    again = sample(brownian(), first, sampler, nfe=1700, record=folder, **settings)
+    assert torch.equal(again.rewards, small.rewards)
+
+
+def test_what_more_adds_to_a_saved_run_is_saved(tmp_path):
+    run = sample(brownian(), first, Importance(), nfe=300, progress=False)
+    run.save(tmp_path / "run")
+    run.save(tmp_path / "run")  # it is there already
+    longer = run.more(nfe=200, progress=False)
+    assert torch.equal(load(tmp_path / "run", brownian(), first).rewards, longer.rewards)
+    with pytest.raises(FileExistsError):
+        sample(brownian(), first, Importance(), nfe=300, progress=False).save(tmp_path / "run")
+
+
+def test_a_run_limited_by_seconds_alone_is_read_back(tmp_path):
+    def slow(items, prompts):
+        time.sleep(0.01)
+        return items[:, 0]
+
+    slow.__name__ = "first"
+    for sampler in (BestOfN(), SMC(20), TreeSampling()):
+        folder = tmp_path / type(sampler).__name__
+        run = sample(brownian(), slow, sampler, seconds=0.2, progress=False, batch=8)
+        assert run.status == "seconds"
+        run.save(folder)
+        back = load(folder, brownian(), first)
+        assert back.status == "seconds"
+        assert torch.equal(back.rewards, run.rewards)
+
+
+def test_more_that_adds_nothing_says_so():
+    run = sample(brownian(), first, BestOfN(10), nfe=3000, progress=False)
+    with pytest.warns(UserWarning, match="added no walk"):
+        run.more(nfe=100, progress=False)
+
+
+def test_a_record_of_other_prompts_is_refused(tmp_path):
+    run = sample(brownian(prompts=("cat", "dog")), first, BestOfN(3), progress=False)
+    run.save(tmp_path / "run")
+    with pytest.raises(ValueError, match="prompts"):
+        load(tmp_path / "run", brownian(prompts=("fox", "dog")), first)
+    with pytest.raises(ValueError, match="draws"):
+        load(tmp_path / "run", brownian(prompts=("cat", "dog")), first, draws=-1)
+
+
 def _stops_after(n):
     """A reward that sends Ctrl-C once it has scored n items."""
     import os
@@ -173,7 +235,12 @@ def _stops_after(n):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"seed": 2}, "seed"), ({"lam": 2.0}, "lam"), ({"nfe": 400}, "budget")],
+    [
+        ({"seed": 2}, "seed"),
+        ({"lam": 2.0}, "lam"),
+        ({"nfe": 200}, "nfe=200"),
+        ({"nfe": None, "reward_calls": 9}, "nfe=None"),
+    ],
 )
 def test_a_record_of_another_run_is_refused(tmp_path, change, named):
     settings = {"nfe": 300, "lam": 1.0, "seed": 1, "progress": False, "record": tmp_path / "run"}

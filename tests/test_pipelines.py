@@ -216,7 +216,8 @@ def test_a_pipeline_of_a_users_subclass_is_served_unless_it_has_its_own_loop():
         def __call__(self, *args, **kwargs):
             return super().__call__(*args, **kwargs)
 
-    assert from_pipeline(pixel_pipeline(ddim(), Renamed), steps=4).name == "Renamed"
+    name = from_pipeline(pixel_pipeline(ddim(), Renamed), steps=4).name
+    assert name.partition("#")[0] == "Renamed"
     with pytest.raises(ValueError, match="OwnLoop, which is not supported"):
         from_pipeline(pixel_pipeline(ddim(), OwnLoop), steps=4)
 

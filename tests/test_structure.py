@@ -82,6 +82,7 @@ def test_no_global_random_numbers(path):
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_heavy_libraries_are_imported_lazily(path):
     heavy = {"diffusers", "transformers", "accelerate", "torchmetrics", "scipy", "matplotlib"}
+    heavy |= {"pyarrow", "torch_fidelity"}
     found = rooms_of(imports(path, top_level_only=True)) & heavy
     trains = path.name.startswith("train_")  # scripts, imported by nobody
     assert trains or not found
@@ -89,8 +90,14 @@ def test_heavy_libraries_are_imported_lazily(path):
 
 def test_every_import_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {"pillow": "PIL"}
-    declared = {text.split(">")[0] for text in project["dependencies"]}
+    names = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}
+    extras = [
+        text
+        for extra, texts in project["optional-dependencies"].items()
+        for text in texts
+        if extra != "dev"
+    ]
+    declared = {text.split(">")[0] for text in [*project["dependencies"], *extras]}
     allowed = {names.get(name, name) for name in declared} | set(ROOMS)
     used = set().union(*(rooms_of(imports(path)) for path in FILES))
     assert not used - allowed - set(sys.stdlib_module_names)

@@ -126,7 +126,7 @@ def test_budgets_hold_and_nothing_is_unscored():
             branch=branch,
             widening=chance.choice((None, Widening(1, 0.1), Widening(2, 0.8))),
             parallel=chance.choice((None, 5, 64)),
-            pilot=chance.choice((None, 0, 3)),
+            pilot=chance.choice((None, 0, 3)) if branch == "auto" else None,
         )
         sd = torch.full((steps + 1,), chance.choice((0.3, 2.0)), dtype=torch.float64)
         rows = chance.randint(1, 2)

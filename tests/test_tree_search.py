@@ -57,6 +57,38 @@ def test_draws_are_distinct_and_best_first():
         assert reward[0] == max(seen)
 
 
+def test_a_pilot_whose_walks_fail_on_their_way_goes_on():
+    """A look shows the beginning of a walk that fails later: there is no leaf to compare with."""
+    for seed in range(5):
+        chance = random.Random(seed)
+        gone = {id for id in range(4000) if chance.random() < 0.3}
+        for nfe in (800, 3000):
+            _, draws = run(TreeSearch(value="clean"), nfe=nfe, fails=gone.__contains__)
+            assert draws.tree.reward[draws.tree.reward.isfinite()].numel() == len(draws.id) > 5
+
+
+def test_the_greedy_leaf_follows_the_largest_values():
+    _, draws = run(TreeSearch(branch=(2, 5)), conditions=3, nfe=600)
+    tree = draws.tree
+    for row, leaf in enumerate(tree.greedy().tolist()):
+        assert tree.row[leaf] == row
+        assert tree.step[leaf] == 10
+        node = leaf
+        while tree.parent[node] >= 0:
+            siblings = tree.parent == tree.parent[node]
+            assert tree.value[node] == tree.value[siblings].nan_to_num(-math.inf).max()
+            node = int(tree.parent[node])
+    _, draws = run(TreeSearch(branch=(2,)), nfe=100, fails=lambda id: True)
+    assert draws.tree.greedy().tolist() == [-1]
+
+
+def test_looks_count_when_the_budget_is_judged():
+    looks = TreeSearch(value="clean", branch=(1, 2, 4, 6, 8))
+    with pytest.raises(ValueError, match="6 reward calls"):
+        run(looks, nfe=5000, reward_calls=5)
+    assert len(run(looks, nfe=5000, reward_calls=6)[1].id) == 1
+
+
 def test_a_flat_tree_is_best_of_n():
     flat, plain = (run(s, nfe=300)[1] for s in (TreeSearch(branch=()), BestOfN()))
     assert torch.equal(flat.id, plain.id)
@@ -72,10 +104,10 @@ def test_budgets_hold_with_looks():
         sampler = TreeSearch(
             backup=chance.choice(("soft", "max")),
             value=chance.choice(("rollout", "clean")),
-            branch=chance.choice(("auto", "even", tuple(range(0, steps, 2)))),
+            branch=(branch := chance.choice(("auto", "even", tuple(range(0, steps, 2))))),
             widening=chance.choice((Widening(1, 0.3), Widening(2, 0.8))),
             parallel=chance.choice((3, 9)),
-            pilot=chance.choice((None, 0, 4)),
+            pilot=chance.choice((None, 0, 4)) if branch == "auto" else None,
         )
         plan = {"nfe": nfe, "reward_calls": calls, "cost": price, "conditions": 2}
         engine, draws = run(sampler, torch.ones(steps + 1).double(), chance.randint(4, 64),
