@@ -17,7 +17,6 @@ chain of short jobs; with --shard several processes share the work. What is ther
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import statistics
@@ -33,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.report import finish, header
+from benchmarks.report import finish, header, nfe_factor
 from samplers import SMC, Ancestral, BestOfN, Importance, TreeSampling, TreeSearch, sample
 from steering import from_pipeline, rewards, zoo
 from steering.metrics import Moments, diversity, frechet, mmd
@@ -312,7 +311,7 @@ def report(bench: Bench, ladder: list[int]) -> dict[str, Any]:
                 print(f"\n{name} at {top} rows: {figures[name]:.3f} ± {errors:.3f}")
     print("\nNFE factor of dts: NFE at which the other has dts's distance, over dts's NFE")
     factors = {
-        f"{task}/{name}": _factor(curves[task, "dts"], curves[task, name])
+        f"{task}/{name}": nfe_factor(curves[task, "dts"], curves[task, name])
         for task in CLASSES
         for name in ("importance", "smc", "dts published", "best_of_n", "unsteered")
         if (task, "dts") in curves and (task, name) in curves
@@ -363,23 +362,6 @@ def _row(task: str, name: str, nfe: int, runs: list[Drawn], reference: Reference
         "diversity": statistics.mean(varied), "log_z": log_z,
         "mmd_seeds": [m[2] for m in measured], "frechet_seeds": [m[0] for m in measured],
     }  # fmt: skip
-
-
-def _factor(mine: dict[int, float], other: dict[int, float]) -> str:
-    """NFE factor at the largest NFE, by interpolating the other's curve in logarithms."""
-    top = max(mine)
-    target = mine[top]
-    ladder = sorted(other)
-    if target <= 0 or any(other[n] <= 0 for n in ladder):
-        return "a distance is at its floor"
-    for low, high in itertools.pairwise(ladder):
-        a, b = math.log(other[low]), math.log(other[high])
-        if min(a, b) <= math.log(target) <= max(a, b) and a != b:
-            share = (a - math.log(target)) / (a - b)
-            at = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
-            return f"{at / top:.2f}"
-    last = ladder[-1]
-    return f"> {last / top:.2f}" if other[last] > target else f"< {ladder[0] / top:.2f}"
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
@@ -29,6 +30,28 @@ def header() -> None:
 def finish(figures: dict[str, Any]) -> None:
     """Print the figures as the last line, as JSON; what is not finite becomes null."""
     print(json.dumps(_plain(figures), allow_nan=False), flush=True)
+
+
+def nfe_factor(mine: dict[int, float], other: dict[int, float]) -> str:
+    """NFE at which another sampler has this one's distance, over this one's NFE, at its largest.
+
+    Args:
+        mine, other: distance by NFE; the other's is interpolated in logarithms. A bound where its
+            curve does not reach.
+    """
+    top = max(mine)
+    target = mine[top]
+    ladder = sorted(other)
+    if target <= 0 or any(other[n] <= 0 for n in ladder):
+        return "a distance is at its floor"
+    for low, high in itertools.pairwise(ladder):
+        a, b = math.log(other[low]), math.log(other[high])
+        if min(a, b) <= math.log(target) <= max(a, b) and a != b:
+            share = (a - math.log(target)) / (a - b)
+            at = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+            return f"{at / top:.2f}"
+    last = ladder[-1]
+    return f"> {last / top:.2f}" if other[last] > target else f"< {ladder[0] / top:.2f}"
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,7 @@ from search.widen import ONLY_ROOTS, Widening
 from steering.noise import child_key, root_key, uniform
 
 BLOCK = 256  # selection uniforms made at once
+INDEPENDENT = 64  # leaves in flight, at least, of a pilot or a flat tree
 SELECTION = -1  # the child number under which a condition's selection uniforms are kept apart
 
 # (arena, node, draw of a uniform) -> (place of the child, log(n q))
@@ -147,9 +148,14 @@ class Growth:
 
     def _fill(self, row: int) -> None:
         grown = self.trees[row]
-        while grown.flying < self.habit.parallel and self.purse.open(row):
+        while grown.flying < self._most(grown) and self.purse.open(row):
             if not self._launch(row, grown):
                 return
+
+    def _most(self, grown: Grown) -> int:
+        """Leaves in flight: where nothing is selected, none has to wait for what others bring."""
+        selects = grown.growing and grown.levels
+        return self.habit.parallel if selects else max(self.habit.parallel, INDEPENDENT)
 
     def _launch(self, row: int, grown: Grown) -> bool:
         """Let one rollout set out; False if it must wait for others, or was refused."""

@@ -129,6 +129,10 @@ class Walks:
         """Conditions [N] of handles [N]."""
         return id % self.plan.conditions
 
+    def group(self, id: Tensor, size: int) -> Tensor:
+        """Groups [N] of handles [N]: `size` consecutive walks of a condition are one."""
+        return self._ordinal(id) // size * self.plan.conditions + self.row(id)
+
     def key(self, id: Tensor) -> Tensor:
         """Noise keys [N] of handles [N]."""
         return child_key(root_key(self.plan.seed, self.row(id)), self._ordinal(id))

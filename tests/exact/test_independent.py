@@ -104,3 +104,43 @@ def test_the_best_of_n_is_the_maximum_of_n_normals():
     scaled = (result.rewards - mean) / var.sqrt()
     assert abs(float(scaled.mean()) - best) < 3 * spread / math.sqrt(repeats)
     assert len(result.rewards) == repeats
+
+
+@pytest.mark.parametrize("of", [2, 4])
+def test_best_of_follows_the_law_of_the_largest(of):
+    """Of `of` normals the largest has a known mean and variance, and so has their logarithm Z."""
+    n, repeats = 800, 40
+    model = gaussian_chain(0.3, 1.0, steps=6, conditions=repeats)
+    mean, var = (float(v) for v in model.denoiser.law())
+    result = sample(model, line, BestOfN(n, of=of), batch=2048, progress=False)
+    assert result.found.tolist() == [n // of] * repeats
+    assert (result.weights * (n // of)).allclose(torch.ones(len(result.weights)).double())
+    # order statistics of the standard normal: 1/sqrt(pi) and 1 - 1/pi of two, tables for four
+    top, spread = {2: (math.pi**-0.5, 1 - 1 / math.pi), 4: (1.029375, 0.491715)}[of]
+    x = (result.rewards - mean) / math.sqrt(var)
+    error = math.sqrt(spread / len(x))
+    assert abs(float(x.mean()) - top) < 3 * error < 0.03
+    # the variance of a sample variance is about 2 var² / N for laws as close to normal as these
+    assert abs(float(x.var()) - spread) < 3 * spread * math.sqrt(2.5 / len(x))
+    assert "best of" in str(result)
+
+
+def test_best_of_drops_a_group_that_is_not_whole_and_counts_failures():
+    model = gaussian_chain(0.3, 1.0, steps=6, conditions=2)
+    rewards = sample(model, line, BestOfN(11), progress=False)
+    walks = {r: rewards.rewards[rewards.rows == r] for r in range(2)}
+    order = {r: rewards.ids[rewards.rows == r].argsort() for r in range(2)}
+    low = min(float(v[order[r]][:4].max()) for r, v in walks.items())
+
+    def picky(x, _):  # the first group of one condition or the other fails throughout
+        return torch.where(x[:, 0] <= low, math.nan, x[:, 0].double())
+
+    for reward in (line, picky):
+        found = sample(model, reward, BestOfN(11, of=4), progress=False)
+        for r in range(2):
+            groups = walks[r][order[r]][:8].view(2, 4)  # 3 of 11 are no group
+            if reward is picky:
+                groups = torch.where(groups <= low, -math.inf, groups)
+            best = groups.max(1).values
+            best = best[best > -math.inf].sort().values
+            assert found.rewards[found.rows == r].sort().values.allclose(best)
