@@ -69,7 +69,7 @@ def sample(
         batch: walks that share a network call.
         on_error: "fail": a reward that raises or is not finite makes a failed walk, never selected;
             "raise": it ends the run. Programming errors (a wrong shape, a TypeError) always do.
-        progress: show a bar with the best and the mean reward.
+        progress: show a bar with the best and the mean reward, and in a notebook their curve.
         record: folder to keep the run in as it goes; an interrupted run goes on from there, and so
             does a finished one when it is asked for with a larger nfe or reward_calls.
 
