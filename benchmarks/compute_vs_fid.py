@@ -12,23 +12,19 @@ best-of-N are searched anew for every task and budget, on two other seeds, by th
 the search cost is printed, and is in nobody's budget.
 
 The sweep goes on where it was; with --shard several processes share it. What is there is reported,
-and drawn to FOLDER/compute_vs_fid.png where matplotlib is installed.
+and drawn to DIR/compute_vs_fid.png where matplotlib is installed.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import math
 import statistics
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from benchmarks import ladder
 from benchmarks.report import finish, header, nfe_factor
 from samplers import SMC, BestOfN, Importance, Sweep, TreeSampling, table
-from samplers.view.plot import plot
 from steering import from_pipeline, rewards, zoo
 from steering.metrics import extractor
 
@@ -46,6 +42,7 @@ SAMPLERS: dict[str, Any] = {
     "best-of-N": [BestOfN(of=4), BestOfN(of=16), BestOfN(of=64)],
     "DTS, published law": TreeSampling(law="published"),
 }
+METRICS = ("frechet", "mmd", "reward", "root_ess", "log_z", "also: -jpeg kB", "seconds")
 BASELINES = ("SMC", "best-of-N")  # published ones; the papers leave importance sampling out
 
 
@@ -57,7 +54,12 @@ def reward(task: str, net: Any) -> Any:
 
 
 def sweep(
-    tasks: list[str], samplers: list[str], nfe: list[int], seeds: int, reference: int, device: str
+    tasks: Sequence[str],
+    samplers: Sequence[str],
+    nfe: Sequence[int],
+    seeds: int,
+    reference: int,
+    device: str,
 ) -> Sweep:
     """What is compared."""
     net = zoo.load("mnist-classifier", device=device)
@@ -119,62 +121,25 @@ def rare(rows: list[table.Row]) -> dict[str, Any]:
     return {p.sampler: [p.mean, p.low, p.high] for p in found if p.nfe == top}
 
 
-def report(out: Path) -> dict[str, Any]:
-    """Print tables of what is there; the figures of the last line."""
-    rows = table.read(out)
-    if not any("frechet" in row for row in rows):
-        raise SystemExit(f"{out} holds no finished run yet: give more --minutes.")
-    for metric in ("frechet", "mmd", "reward", "root_ess", "log_z", "also: jpeg", "seconds"):
-        if any(row.get(metric) is not None for row in rows):
-            print(table.markdown(rows, metric))
-    searched: dict[tuple[str, str], set[str]] = {}
-    for row in rows:
-        if row.get("tuning_rows"):
-            searched.setdefault((row["sampler"], row["task"]), set()).add(
-                f"{row['nfe']}: {row.get('setting', 'none')} after {row['tuning_rows']} rows"
-            )
-    for (name, task), found in sorted(searched.items()):
-        print(f"{name} on {task}: " + "; ".join(sorted(found, key=lambda s: int(s.split(":")[0]))))
+def main() -> None:
+    parser = ladder.arguments(__doc__, "compute_vs_fid", [1000, 3000, 10_000, 30_000], seeds=3)
+    parser.add_argument("--reference", type=int, default=20_000)
+    parser.add_argument("--task", action="append", choices=[*CLASSES, RARE], default=[])
+    parser.add_argument("--sampler", action="append", choices=list(SAMPLERS), default=[])
+    args = ladder.parse(parser)
+    tasks, samplers = args.task or TASKS, args.sampler or list(SAMPLERS)
+    if args.quick:
+        args.nfe, args.seeds, args.reference, tasks = [500], 1, 200, ["even", RARE]
+    header()
+    compared = sweep(tasks, samplers, args.nfe, args.seeds, args.reference, args.device)
+    rows = ladder.climb(compared, args, METRICS, drawn="frechet")
     ess = {row["task"]: row["reference_ess"] for row in rows if "reference_ess" in row}
     print("effective size of the reference:", ", ".join(f"{t} {e:.0f}" for t, e in ess.items()))
-    if importlib.util.find_spec("matplotlib") is not None:
-        picture = plot(
-            rows, out / "compute_vs_fid.png", "frechet", note="extractor mnist-classifier"
-        )
-        print("drew", picture.name)
     found = figures(rows)
     for name, by_task in found["nfe_factor"].items():
         told = ", ".join(f"{task} {factor}" for task, factor in by_task.items())
         print(f"NFE at which {name} has the distance of DTS at {found['nfe']}, over that: {told}")
-    return {**found, "mmd_rare": rare(rows), "reference_ess": ess, "extractor": "mnist-classifier"}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a minute's worth")
-    parser.add_argument("--nfe", type=int, nargs="+", default=[1000, 3000, 10_000, 30_000])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--reference", type=int, default=20_000)
-    parser.add_argument("--task", action="append", choices=[*CLASSES, RARE], default=[])
-    parser.add_argument("--sampler", action="append", choices=list(SAMPLERS), default=[])
-    parser.add_argument("--out", type=Path, default=Path("runs/compute_vs_fid"))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after")
-    parser.add_argument(
-        "--shard", default="0/1", help="K/N: every N-th piece of work, from the K-th"
-    )
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    tasks, samplers = args.task or list(TASKS), args.sampler or list(SAMPLERS)
-    if args.quick:
-        args.nfe, args.seeds, args.reference, tasks = [500], 1, 200, ["even", RARE]
-        args.out = args.out.with_name(args.out.name + "-quick")
-    torch.set_num_threads(1)
-    header()
-    k, n = (int(v) for v in args.shard.split("/"))
-    work = sweep(tasks, samplers, args.nfe, args.seeds, args.reference, args.device)
-    done = work.run(args.out, minutes=args.minutes, shard=(k, n))
-    print("all of it is there\n" if done else "time was up before all was there\n")
-    finish(report(args.out))
+    finish({**found, "mmd_rare": rare(rows), "reference_ess": ess, "extractor": "mnist-classifier"})
 
 
 if __name__ == "__main__":

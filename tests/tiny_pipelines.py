@@ -1,5 +1,7 @@
 """Random-weight pipelines, small enough to run in a test and built without any download."""
 
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -30,7 +32,7 @@ SD_SCHEDULE = {
 }
 
 
-def pixel_pipeline(scheduler, kind=DDIMPipeline, classes=None, channels=1, size=8):
+def pixel_pipeline(scheduler, kind: Any = DDIMPipeline, classes=None, channels=1, size=8):
     """A DDIM or DDPM pipeline; `classes` makes its network class-conditional."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -1,0 +1,80 @@
+"""What benchmarks that climb a ladder of budgets have in common: arguments, the sweep, tables."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from samplers import Sweep, table
+from samplers.view.plot import plot
+
+
+def arguments(
+    doc: str | None, name: str, nfe: Sequence[int], seeds: int
+) -> argparse.ArgumentParser:
+    """A parser of what every ladder is told; `--out` is runs/`name` by default."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a minute's worth")
+    parser.add_argument("--nfe", type=int, nargs="+", default=list(nfe), help="rows per prompt")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--out", type=Path, default=Path("runs") / name)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after")
+    parser.add_argument(
+        "--shard", default="0/1", help="K/N: every N-th piece of work, from the K-th"
+    )
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; a quick run has a folder of its own, and one thread is enough for all."""
+    args = parser.parse_args()
+    if args.quick:
+        args.out = args.out.with_name(args.out.name + "-quick")
+    torch.set_num_threads(1)
+    return args
+
+
+def climb(
+    sweep: Sweep, args: argparse.Namespace, metrics: Sequence[str], drawn: str
+) -> list[table.Row]:
+    """Run what is missing; print a table for each metric that there is, what the search for
+    settings chose, and draw one metric; the rows of the sweep.
+
+    Raises:
+        SystemExit: there was no time for a single run.
+    """
+    k, n = (int(v) for v in args.shard.split("/"))
+    done = sweep.run(args.out, minutes=args.minutes, shard=(k, n))
+    print("all of it is there\n" if done else "time was up before all was there\n")
+    rows = table.read(args.out)
+    there = [m for m in metrics if any(row.get(m) is not None for row in rows)]
+    if drawn not in there:
+        raise SystemExit(f"{args.out} holds no finished run yet: give more --minutes.")
+    for metric in there:
+        print(table.markdown(rows, metric))
+    _print_search(rows)
+    if importlib.util.find_spec("matplotlib") is not None:
+        name = sweep.extractor.name if sweep.extractor and drawn in table.DISTANCES else ""
+        picture = args.out / f"{args.out.name}.png"
+        plot(rows, picture, drawn, note=f"extractor {name}" if name else "")
+        print("drew", picture.name)
+    return rows
+
+
+def _print_search(rows: Sequence[table.Row]) -> None:
+    chosen: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        if row.get("tuning_rows"):
+            found = chosen.setdefault((row["sampler"], row["task"]), {})
+            found[row["nfe"]] = f"{row.get('setting', 'none')} after {row['tuning_rows']} rows"
+    for (name, task), found in sorted(chosen.items()):
+        told = "; ".join(f"{nfe}: {setting}" for nfe, setting in sorted(found.items()))
+        print(f"settings found for {name} on {task}: {told}")
