@@ -5,6 +5,7 @@ Most users need importance sampling or best-of-N, and deserve to be told.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from steering.noise import child_key, root_key
 _PILOT = -5  # child of a seed's root key, so that no run that follows repeats the pilot's noise
 _FORESEEN = 0.6  # rank correlation from which a clean guess is worth resampling by
 _EARLY = 0.6  # share of the way within which it must be
+_ENOUGH = 100  # effective draws of independent walks that no population of particles improves on
 Goal = Literal["draws", "best"]
 
 
@@ -199,22 +201,27 @@ def _decide(
             f"Rewards are decided around steps {', '.join(map(str, branch))}: a search that "
             "branches there finds more than as many independent walks."
         ]
+    share = _share(found, lam)
+    effective = math.inf if walks is None else share * walks
+    words = f"{share:.3g} of independent walks count"
+    words += "" if walks is None else f", about {effective:.0f} effective draws in this budget"
     common = all(branching.common(r, lam) for r in found if len(r))
-    if common or not branch:
-        share = _share(found, lam)
-        words = f"Importance sampling is exact, and {share:.3g} of its walks count"
-        words += "" if walks is None else f": about {share * walks:.0f} effective draws"
-        why = "exp(lam * reward) is common under the model" if common else (
-            "exp(lam * reward) is rare, but siblings never agree in part, so trees gain nothing"
-        )  # fmt: skip
-        return Importance(), [f"{why}. {words}."]
+    if common and effective >= _ENOUGH:
+        return Importance(), [
+            f"exp(lam * reward) is common under the model: {words}. Importance sampling is exact."
+        ]
     early = [i for i, f in zip(planted, foreseen, strict=True) if f >= _FORESEEN]
     if early and early[0] <= _EARLY * steps:
         return SMC(levels=tuple(early)), [
-            "exp(lam * reward) is rare, and the reward of the clean guess foretells the end from "
-            f"step {early[0]} on: particles resampled by it waste few walks."
+            f"{words[0].upper()}{words[1:]}, and the reward of the clean guess foretells the end "
+            f"from step {early[0]} on: particles resampled by it waste few walks."
         ]
+    if common or not branch:
+        why = "common under the model" if common else (
+            "rare, but siblings never agree in part, so trees gain nothing"
+        )  # fmt: skip
+        return Importance(), [f"exp(lam * reward) is {why}: {words}. Importance sampling is exact."]
     return TreeSampling(branch=branch), [
-        "exp(lam * reward) is rare and cannot be foretold early, but is decided around steps "
-        f"{', '.join(map(str, branch))}: a tree that branches there reuses its lucky beginnings."
+        f"exp(lam * reward) is rare ({words}) and cannot be foretold early, but is decided around "
+        f"steps {', '.join(map(str, branch))}: a tree that branches there reuses its beginnings."
     ]

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from steering.metrics import Moments, diversity, frechet, mmd
+from steering.metrics import Moments, diversity, frechet, mmd, within
 from steering.noise import root_key, uniform
 
 PLAN, ROW, DRAWS = "sweep.json", "rows.json", "draws.safetensors"
@@ -74,9 +74,9 @@ def read_rows(out: Path, folder: Path) -> list[Row]:
         mine = tensors["row"] == row["prompt"]
         if not mine.any():
             continue
-        features = tensors["features"][mine].repeat_interleave(tensors["counts"][mine], 0)
-        target = _reference(out, size, row["task"], row["prompt"]) if size else None
-        row |= _distances(features, target, plan["extractor"])
+        target = reference(out, row["task"], row["prompt"]) if size else None
+        features, counts = tensors["features"][mine], tensors["counts"][mine]
+        row |= distances(features, counts, target, plan["extractor"])
     return rows
 
 
@@ -88,7 +88,13 @@ class Reference:
     weights: Tensor  # [K]
     moments: Moments
     bandwidth: float  # median distance of its items
+    within: float  # E k(y, y') at that bandwidth
     ess: float
+
+
+def reference(out: Path, task: str, prompt: int) -> Reference:
+    """The target law of a task and prompt, as far as it has been walked."""
+    return _reference(out, len(list((out / "reference").glob("*.safetensors"))), task, prompt)
 
 
 @cache
@@ -107,27 +113,42 @@ def _reference(out: Path, size: int, task: str, prompt: int) -> Reference:
     some = torch.searchsorted(weights.cumsum(0), at).clamp(max=len(kept) - 1)
     distance = torch.nn.functional.pdist(features[some].double())
     bandwidth = float(distance[distance > 0].median())
-    return Reference(features, weights, moments, bandwidth, moments.n)
+    own = within(features, bandwidth=bandwidth, weights=weights)
+    return Reference(features, weights, moments, bandwidth, own, moments.n)
 
 
-def _distances(features: Tensor, target: Reference | None, extractor: str) -> Row:
+def distances(features: Tensor, counts: Tensor, target: Reference | None, extractor: str) -> Row:
+    """The figures of `DISTANCES` that can be had.
+
+    Args:
+        features: [K, d] of distinct items.
+        counts: [K] how often each was drawn.
+        target: what to measure to.
+        extractor: name of what made the features.
+    """
     found: Row = {}
+    if int(counts.sum()) < 2:
+        return found
+    draws = features.repeat_interleave(counts, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # how many items there are stands in the same row
-        if len(features) > 1 and (features != features[0]).any():
-            found["diversity"] = float(diversity(features, extractor=extractor))
+        if (features != features[0]).any():
+            found["diversity"] = float(diversity(draws, extractor=extractor))
             if target is not None:
-                mine = Moments.of(features)
+                mine = Moments.of(draws)
                 found["frechet"] = float(frechet(mine, target.moments, extractor=extractor))
-        if target is not None and len(features) > 1:
-            value = mmd(
-                features,
-                target.features,
-                bandwidth=target.bandwidth,
-                weights_y=target.weights,
-                extractor=extractor,
-            )
-            found |= {"mmd": float(value), "reference_ess": target.ess}
+    if target is not None:
+        pair = len(features) > 1
+        value = mmd(
+            features if pair else draws[:2],
+            target.features,
+            bandwidth=target.bandwidth,
+            weights_y=target.weights,
+            counts_x=counts if pair else None,
+            within_y=target.within,
+            extractor=extractor,
+        )
+        found |= {"mmd": float(value), "reference_ess": target.ess}
     return found
 
 

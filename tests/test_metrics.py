@@ -19,6 +19,7 @@ from steering.metrics import (
     manifold,
     mmd,
     total_variation,
+    within,
 )
 
 pytestmark = [
@@ -169,6 +170,24 @@ def test_weighted_mmd_reaches_the_tilted_law():
     # self-normalised weights are biased by O(1 / ESS), here 1 / 184, hence the floor of .006
     assert abs(np.mean(values)) < 0.006
     assert unweighted > 0.1
+
+
+def test_mmd_of_counts_is_that_of_repeats_and_a_reference_keeps_its_part():
+    generator = torch.Generator().manual_seed(5)
+    x, y = (torch.randn(n, 3, generator=generator, dtype=torch.float64) + 5 for n in (40, 70))
+    counts = torch.randint(1, 6, (40,), generator=generator)
+    weights = torch.rand(70, generator=generator, dtype=torch.float64)
+    own = within(y, bandwidth=1.5, weights=weights)
+    fast = mmd(x, y, bandwidth=1.5, counts_x=counts, weights_y=weights, within_y=own)
+    slow = mmd(x.repeat_interleave(counts, 0), y, bandwidth=1.5, weights_y=weights)
+    assert fast.value == pytest.approx(slow.value, rel=1e-11)  # float64 sums in another order
+    assert fast.n == slow.n
+    for bad, named in (
+        ({"counts_x": counts, "weights_x": counts, "bandwidth": 1.0}, "counts_x"),
+        ({"within_y": own}, "within_y"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            mmd(x, y, **bad)
 
 
 def test_mmd_does_not_depend_on_the_block_size(monkeypatch):

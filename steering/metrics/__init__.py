@@ -8,7 +8,7 @@ from steering.metrics.exact import kl, total_variation
 from steering.metrics.extractors import Extractor, extractor
 from steering.metrics.frechet import Frechet, Moments, frechet
 from steering.metrics.manifold import Manifold, manifold
-from steering.metrics.mmd import MMD, cmmd, kid, mmd
+from steering.metrics.mmd import MMD, cmmd, kid, mmd, within
 
 __all__ = [
     "MMD",
@@ -26,4 +26,5 @@ __all__ = [
     "manifold",
     "mmd",
     "total_variation",
+    "within",
 ]

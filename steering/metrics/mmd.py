@@ -49,6 +49,8 @@ def mmd(
     extractor: str = "identity",
     weights_x: Tensor | None = None,
     weights_y: Tensor | None = None,
+    counts_x: Tensor | None = None,
+    within_y: float | None = None,
 ) -> MMD:
     """Squared maximum mean discrepancy, RBF kernel, unbiased.
 
@@ -63,18 +65,47 @@ def mmd(
             most 2,000, evenly spaced): fix it when several sets are compared.
         extractor: what made the features.
         weights_x, weights_y: [N], [M] importance weights of independent items.
+        counts_x: [N] how often each item was drawn, instead of repeating it: the same value.
+        within_y: E k(y, y') where `within` has told it already, at the same bandwidth.
 
     Raises:
         ValueError: N or M < 2, values that are not finite, dimensions that differ, bad weights,
-            no extractor named.
+            counts and weights at once, within_y without a bandwidth, no extractor named.
     """
     if bandwidth is not None and not 0 < bandwidth < float("inf"):
         raise ValueError(f"bandwidth={bandwidth!r}: give a number > 0, or None for the median.")
-    a, b, w, v = _pair(x, y, extractor, weights_x, weights_y)
+    if within_y is not None and bandwidth is None:
+        raise ValueError("within_y holds at one bandwidth alone: give that bandwidth too.")
+    if counts_x is not None and weights_x is not None:
+        raise ValueError("counts_x and weights_x: give one of them.")
+    a, b, w, v = _pair(x, y, extractor, weights_x if counts_x is None else counts_x, weights_y)
     h = _median_distance(torch.cat([a, b])) if bandwidth is None else float(bandwidth)
-    centre = torch.cat([a, b]).mean(0)
-    value = _distance(a - centre, b - centre, w, v, _rbf(h))
-    return MMD(value, "RBF exp(-|x - y|² / 2h²)", extractor, (len(a), len(b)), h)
+    # distances from a centre lose fewer figures; each set has one of its own to be told `within`
+    kernel, centre = _rbf(h), b.mean(0)
+    if counts_x is None:
+        own, n = _within(a - centre, w, kernel), len(a)
+    else:
+        # pairs of two draws of one item are pairs, at distance 0; a draw with itself is none
+        n = int(counts_x.sum())
+        own = (_mean_kernel(a - centre, a - centre, w, w, kernel)[0] - 1 / n) / (1 - 1 / n)
+    other = _within(b - centre, v, kernel) if within_y is None else within_y
+    value = own + other - 2 * _mean_kernel(a - centre, b - centre, w, v, kernel)[0]
+    return MMD(value, "RBF exp(-|x - y|² / 2h²)", extractor, (n, len(b)), h)
+
+
+def within(y: Tensor, *, bandwidth: float, weights: Tensor | None = None) -> float:
+    """E k(y, y') over pairs of a set, RBF kernel: the part of `mmd` that one reference keeps.
+
+    Args:
+        y: [M, d].
+        bandwidth: h.
+        weights: [M] importance weights.
+
+    Raises:
+        ValueError: M < 2, values that are not finite, bad weights.
+    """
+    b = checked("y", y)
+    return _within(b - b.mean(0), shares("weights", weights, len(b)), _rbf(bandwidth))
 
 
 def kid(
