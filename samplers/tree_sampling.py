@@ -45,7 +45,7 @@ class TreeSampling:
         branch: "auto"; "even", the paper's steps {0, .2, .4, .6, .8}·T; or rising step indices, ()
             for a flat tree. With law="published", "auto" means "even".
         widening: None is Widening(1, .4), and the paper's Widening(2, .8) for law="published".
-        parallel: leaves in flight per tree; None is a twelfth of the rollouts, at most 64 (a sixth
+        parallel: leaves in flight per tree; None is a 24th of the rollouts, at most 64 (a sixth
             of few rollouts, up to 16). A pilot and a flat tree, where nothing is selected, keep 64.
         pilot: independent walks before the automatic choice; None is a quarter of the rollouts, at
             most 96, and none (a flat tree) below 40: fewer cannot tell rare from common.

@@ -45,7 +45,7 @@ class TreeSearch:
             for a flat tree, which is best-of-N.
         widening: None is Widening(1, .5), which was never far from the best; Widening(1, .3) finds
             more where late steps decide all; the paper's is Widening(2, .8).
-        parallel: leaves in flight per tree; None is a twelfth of the rollouts, at most 64 (a sixth
+        parallel: leaves in flight per tree; None is a 24th of the rollouts, at most 64 (a sixth
             of few rollouts, up to 16). A pilot and a flat tree, where nothing is selected, keep 64.
         pilot: independent walks before the automatic choice; None is an eighth of the rollouts, at
             most 64, and none (the steps it usually chooses) below 48 rollouts.
