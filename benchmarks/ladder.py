@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from samplers import Sweep, table
+from samplers.cli.sweep import parse_shard
 from samplers.view.plot import plot
 
 
@@ -45,14 +46,13 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def climb(
     sweep: Sweep, args: argparse.Namespace, metrics: Sequence[str], drawn: str
 ) -> list[table.Row]:
-    """Run what is missing; print a table for each metric that there is, what the search for
-    settings chose, and draw one metric; the rows of the sweep.
+    """Run what is missing; print a table for each metric that there is and what they rest on, and
+    draw one metric; the rows of the sweep.
 
     Raises:
         SystemExit: there was no time for a single run.
     """
-    k, n = (int(v) for v in args.shard.split("/"))
-    done = sweep.run(args.out, minutes=args.minutes, shard=(k, n))
+    done = sweep.run(args.out, minutes=args.minutes, shard=parse_shard(args.shard))
     print("all of it is there\n" if done else "time was up before all was there\n")
     rows = table.read(args.out)
     there = [m for m in metrics if any(row.get(m) is not None for row in rows)]
@@ -60,21 +60,10 @@ def climb(
         raise SystemExit(f"{args.out} holds no finished run yet: give more --minutes.")
     for metric in there:
         print(table.markdown(rows, metric))
-    _print_search(rows)
+    print(table.notes(rows, args.out))
     if importlib.util.find_spec("matplotlib") is not None:
         name = sweep.extractor.name if sweep.extractor and drawn in table.DISTANCES else ""
         picture = args.out / f"{args.out.name}.png"
         plot(rows, picture, drawn, note=f"extractor {name}" if name else "")
         print("drew", picture.name)
     return rows
-
-
-def _print_search(rows: Sequence[table.Row]) -> None:
-    chosen: dict[tuple[str, str], dict[int, str]] = {}
-    for row in rows:
-        if row.get("tuning_rows"):
-            found = chosen.setdefault((row["sampler"], row["task"]), {})
-            found[row["nfe"]] = f"{row.get('setting', 'none')} after {row['tuning_rows']} rows"
-    for (name, task), found in sorted(chosen.items()):
-        told = "; ".join(f"{nfe}: {setting}" for nfe, setting in sorted(found.items()))
-        print(f"settings found for {name} on {task}: {told}")

@@ -46,13 +46,15 @@ class Advice:
     lam: float
     share: float  # effective sample size per independent walk at λ, mean over prompts
     steps: tuple[int, ...]  # steps looked at
-    agree: tuple[float, ...]  # at each: rank correlation of siblings' rewards that part there
+    agree: tuple[float, ...]  # at each: rank correlation of siblings' rewards that part there,
+    # four pairs of what is usual added
+    pairs: int  # of siblings at each step, over all prompts
     foreseen: tuple[
         float, ...
     ]  # at each: rank correlation of the clean guess's reward with the end's
     reward: tuple[float, float, float]  # lowest, mean and highest of the independent walks
     failed: int  # walks whose reward failed
-    walks: int  # independent walks of the pilot, over all prompts
+    walks: int  # independent walks of the pilot that did not fail, over all prompts
     pilot_rows: int  # network rows that it took, per prompt
     seconds_per_row: float
     seconds_per_reward: float
@@ -65,8 +67,12 @@ class Advice:
             "reward: lowest {:.4g}, mean {:.4g}, highest {:.4g}; effective sample size at lam = "
             "{:g}: {:.3g} per walk".format(*self.reward, self.lam, self.share),
             "step             " + "".join(f"{i:8d}" for i in self.steps),
-            "siblings agree   " + "".join(f"{v:8.2f}" for v in self.agree),
-            "guess foretells  " + "".join(f"{v:8.2f}" for v in self.foreseen),
+            "siblings agree   "
+            + "".join(f"{v:8.2f}" for v in self.agree)
+            + f"   ({self.pairs} pairs each, and 4 of what is usual)",
+            "guess foretells  "
+            + "".join(f"{v:8.2f}" for v in self.foreseen)
+            + f"   ({self.walks} walks)",
             *self.why,
             f"advice: {self.sampler}" + ("" if self.nfe is None else f" with nfe={self.nfe}"),
         ]
@@ -104,6 +110,11 @@ def advise(
     """
     if goal not in ("draws", "best"):
         raise ValueError(f"goal={goal!r}: give 'draws' or 'best'.")
+    if type(lam) not in (int, float) or not 0 <= lam < math.inf:
+        raise ValueError(f"lam={lam!r}: give a finite number >= 0.")
+    for name, value in (("nfe", nfe), ("pilot", pilot), ("batch", batch)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name}={value!r}: give a whole number of network rows, or None.")
     engine = Engine(model, reward, None, Settings(batch))
     way = int(engine.network.rows.sum(1).max())
     rows = pilot or max(way * 40 if nfe is None else nfe // 10, 24 * way)
@@ -136,12 +147,13 @@ def advise(
         share=_share(found, lam),
         steps=state.stops[:-1],
         agree=tuple(agree),
+        pairs=sum(len(state.pairs(0, row)) for row in range(plan.conditions)),
         foreseen=tuple(foreseen),
         reward=(float(everything.min()), float(everything.mean()), float(everything.max())),
-        failed=sum(w.failed for w in engine.record.walks),
+        failed=len(state.ends) - len(everything),
         walks=len(everything),
         pilot_rows=int(spent.rows.max()),
-        seconds_per_row=spent.seconds / max(int(spent.rows.sum()), 1),
+        seconds_per_row=(spent.seconds - spent.waited_seconds) / max(int(spent.rows.sum()), 1),
         seconds_per_reward=spent.scoring_seconds / max(int(spent.reward_calls.sum()), 1),
     )
 
@@ -170,8 +182,9 @@ def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
     """Spearman's, 0 for less than three pairs or where nothing varies."""
     if len(pairs) < 3:
         return 0.0
-    columns = torch.tensor(pairs, dtype=torch.float64).T
-    ranks = torch.stack([c.unique(return_inverse=True)[1].double() for c in columns])
+    from scipy.stats import rankdata
+
+    ranks = torch.from_numpy(rankdata(pairs, axis=0)).T
     if (ranks.amax(1) == ranks.amin(1)).any():
         return 0.0
     return float(torch.corrcoef(ranks)[0, 1])
@@ -198,8 +211,8 @@ def _decide(
                 "a search could follow, so the best of independent walks is as good."
             ]
         return TreeSearch(branch=branch), [
-            f"Rewards are decided around steps {', '.join(map(str, branch))}: a search that "
-            "branches there finds more than as many independent walks."
+            f"Rewards are decided around steps {', '.join(map(str, branch))}: a search can branch "
+            "there and follow what it finds."
         ]
     share = _share(found, lam)
     effective = math.inf if walks is None else share * walks

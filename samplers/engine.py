@@ -131,7 +131,11 @@ class Engine:
                 idle = not (asked or flight.n)
                 if flight.n:
                     self._step(sampler, state, flight, scorer)
-                for tag, scores in scorer.finished(wait=idle):
+                waiting = time.monotonic()
+                finished = scorer.finished(wait=idle)
+                if idle:
+                    self.ledger.waited_seconds += time.monotonic() - waiting
+                for tag, scores in finished:
                     self._scored(sampler, state, tag, scores)
                     idle = False
                 self._save(force=False)
@@ -149,7 +153,7 @@ class Engine:
             return status
         finally:
             stop.close()
-            scorer.close()
+            scorer.close(wait=False)  # after an error, or a second Ctrl-C, nothing is waited for
             self._save(force=True)
             self.ledger.seconds += time.monotonic() - began
 
@@ -258,6 +262,8 @@ class Engine:
             self.ledger.rows[walk.row] += walk.rows
             self.ledger.reward_calls[walk.row] += walk.score
             self.ledger.replayed += walk.rows
+            rows, scores = self._promised[walk.row]
+            self._promised[walk.row] = [rows + walk.rows, scores + walk.score]
             if walk.score and walk.stop == self.model.process.steps:
                 self._see(walk.reward, walk.row)
         sampler.tell(state, _walked([r.id for r in requests], walks))

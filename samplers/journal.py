@@ -23,6 +23,7 @@ from samplers.store import Store
 
 VERSION = 1
 _JOURNAL = "journal.jsonl"
+_LINE = b'{"crc":"'  # every line begins so
 
 
 class CorruptRecordError(ValueError):
@@ -81,8 +82,9 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / _JOURNAL
         self._blobs = len(list(self.folder.glob("latents-*.safetensors")))
-        self._whole = not self._path.exists()  # is the end of the file known to be a line's?
+        self._whole = not exists(folder)  # is the end of the file known to be a line's?
         if self._whole:
+            self._path.unlink(missing_ok=True)
             self._append({"kind": "run", "version": VERSION, **header})
 
     def walks(self, walks: list[Walk], states: Store, cleans: Store) -> None:
@@ -130,8 +132,13 @@ class Saved:
 
 
 def exists(folder: str | Path) -> bool:
-    """Is there a record in this folder?"""
-    return (Path(folder) / _JOURNAL).exists()
+    """Is there a record in this folder? One that was killed within its first line holds nothing."""
+    path = Path(folder) / _JOURNAL
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        first = file.readline()
+    return first.endswith(b"\n") or not _LINE.startswith(first[: len(_LINE)])
 
 
 def read(folder: str | Path) -> Saved:
@@ -164,7 +171,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(whole, 1):
         # {"crc":"12345678","data":...}: the checksum covers the bytes of the data as written
         body = line[25:-1]
-        if line[:8] != b'{"crc":"' or line[8:16] != f"{zlib.crc32(body):08x}".encode():
+        if line[:8] != _LINE or line[8:16] != f"{zlib.crc32(body):08x}".encode():
             raise CorruptRecordError(f"{path}, line {number}: the checksum does not match.")
         data = json.loads(body)
         if not isinstance(data, dict):

@@ -22,6 +22,7 @@ class Ledger:
     replayed: int = 0  # of `rows`, those answered from a record
     seconds: float = 0.0  # of wall clock
     scoring_seconds: float = 0.0  # decoding and scoring took, partly while denoising went on
+    waited_seconds: float = 0.0  # of them, nothing else could be done
     first_error: str | None = None  # the first failure of a reward
 
     @staticmethod
@@ -34,7 +35,7 @@ class Ledger:
         """Count what another ledger of the same conditions has counted."""
         for name in ("rows", "reward_calls", "rescored", "calls", "padded", "backward"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("decodes", "replayed", "seconds", "scoring_seconds"):
+        for name in ("decodes", "replayed", "seconds", "scoring_seconds", "waited_seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.first_error = self.first_error or other.first_error
 

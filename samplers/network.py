@@ -23,6 +23,7 @@ class Network:
 
     def __init__(self, model: Model, ledger: Ledger, batch: int) -> None:
         self._model, self._ledger, self._largest = model, ledger, batch
+        self._memory = _SIZES[-1] + batch  # rows that fit into memory, as far as is known
         steps = torch.arange(model.process.steps, device=model.device)
         time = model.process.time(steps)
         # read once: asking the device in every round would wait for it
@@ -36,8 +37,8 @@ class Network:
     def __call__(self, x: Tensor, i: Tensor, at: Tensor, row: Tensor) -> Tensor:
         """Clean guesses [N, *D], without gradients.
 
-        A call that runs out of memory is tried again at half its size, from there on for good;
-        what was computed before it is kept.
+        A call that runs out of memory is tried again at the next smaller size, from there on for
+        good; what was computed before it is kept.
 
         Args:
             x: [N, *D] states.
@@ -49,9 +50,8 @@ class Network:
         fits = max(16, _CPU_NUMBERS // x[0].numel()) if x.device.type == "cpu" else len(x)
         fits = max((s for s in _SIZES if s <= fits), default=fits) if fits < len(x) else len(x)
         while done < len(x):
-            largest = min(self._largest, fits)
-            size = min(len(x) - done, largest)
-            full = min(next((s for s in _SIZES if s >= size), size), self._largest)
+            size = min(len(x) - done, self._largest, self._memory, fits)
+            full = min(next((s for s in _SIZES if s >= size), size), self._memory)
             part = slice(done, done + size)
             filled = (_filled(v[part], full) for v in (x, t, row))
             try:
@@ -60,9 +60,14 @@ class Network:
             except torch.OutOfMemoryError:
                 if full == 1:
                     raise
-                self._largest = full // 2
+                self._memory = max((s for s in _SIZES if s < full), default=full // 2)
                 torch.cuda.empty_cache()
                 continue
+            if x.is_floating_point() and guess.shape[1:] != x.shape[1:]:
+                raise TypeError(
+                    f"denoiser returned shape {tuple(guess.shape)} for states of shape "
+                    f"{(full, *x.shape[1:])}: return one clean guess per state, of the same shape."
+                )
             parts.append(guess[:size])
             self._count(row[part], at[part], full - size)
             done += size

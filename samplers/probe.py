@@ -116,7 +116,7 @@ class Probing:
             key = self.flight.pop(id)
             self.reward[id] = math.nan if failed else reward
             walk, stop, row = self._walk(id), self._stop(id), id % self.plan.conditions
-            if id in self.sibling or failed:
+            if id in self.sibling:
                 continue
             if stop < len(self.stops) - 1:
                 below = int(child_key(torch.tensor([key]), 0))
@@ -157,9 +157,10 @@ class Probing:
         return found
 
     def rewards(self, row: int) -> Tensor:
-        """[K] float64 rewards of the independent walks of a condition."""
+        """[K] float64 rewards of the independent walks of a condition that did not fail."""
         mine = [self.reward[end] for end in self.ends if end % self.plan.conditions == row]
-        return torch.tensor(mine, dtype=torch.float64)
+        found = torch.tensor(mine, dtype=torch.float64)
+        return found[found.isfinite()]
 
     def _id(self, walk: int, stop: int, row: int) -> int:
         return (walk * len(self.stops) + stop) * self.plan.conditions + row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -236,16 +237,10 @@ def assemble(
     finished = found.finished[pick]
     held_out = {}
     if also:
-        items = decode(engine, ids, finished)
         prompts = [engine.model.prompts[r] for r in found.row[pick].tolist()]
         for reward in also:
-            parts = [
-                call_reward(reward, items[c], [prompts[k] for k in c.tolist()], "fail").reward
-                for c in torch.arange(len(ids)).split(engine.settings.batch)
-            ]
-            held_out[_unused(reward_name(reward), held_out)] = torch.cat(
-                [torch.empty(0, dtype=torch.float64), *parts]
-            )
+            name = _unused(reward_name(reward), held_out)
+            held_out[name] = _held_out(engine, reward, ids, finished, prompts)
     return Result(
         ids=ids,
         rows=found.row[pick],
@@ -273,6 +268,27 @@ def assemble(
         _draws=draws,
         _also=also,
     )
+
+
+def _held_out(
+    engine: Engine, reward: Any, ids: Tensor, finished: Tensor, prompts: list[Any]
+) -> Tensor:
+    """[K] float64 of items that are paid for already: whatever happens here, they are not lost."""
+    parts = [torch.empty(0, dtype=torch.float64)]
+    try:
+        for c in torch.arange(len(ids)).split(engine.settings.batch):
+            items = decode(engine, ids[c], finished[c])
+            parts.append(
+                call_reward(reward, items, [prompts[k] for k in c.tolist()], "fail").reward
+            )
+    except (Exception, KeyboardInterrupt) as error:
+        warnings.warn(
+            f"also: {reward_name(reward)} ended with {type(error).__name__}: {error}; its figures "
+            "are nan from there on.",
+            stacklevel=6,
+        )
+    known = torch.cat(parts)
+    return torch.cat([known, known.new_full((len(ids) - len(known),), torch.nan)])
 
 
 def _unused(name: str, taken: dict[str, Any]) -> str:

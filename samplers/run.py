@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from samplers.core import Budget, Sampler
 from samplers.engine import Engine, Settings
 from samplers.progress import Progress
 from samplers.result import Result, assemble
-from samplers.scoring import OnError
+from samplers.scoring import OnError, reward_name
 from samplers.spec import Spec, check_same_model, check_same_run, decode, encode, header, spec_of
 from samplers.temper import find_lam
 from steering.core import Guidance, Model
@@ -50,7 +51,8 @@ def sample(
 
     Args:
         model: what is steered, from `steering.from_pipeline` or made by hand.
-        reward: (items, prompts) -> [N], higher is better; see `steering.rewards`.
+        reward: (items, prompts) -> [N], higher is better; see `steering.rewards`. Called from a
+            thread of its own, so that a slow one is waited for as little as can be.
         sampler: how, for instance `TreeSampling()`.
         nfe: hard limit of network rows per condition; a classifier-free-guidance pair is two.
         reward_calls: hard limit of items scored per condition; items scored again alone, because a
@@ -91,6 +93,12 @@ def sample(
         raise ValueError(
             "guidance with weights='exact' needs a step that draws noise, and this chain has none: "
             "give from_pipeline an eta > 0, or say weights='none'."
+        )
+    quiet = (~model.process.stochastic).nonzero()[:, 0].tolist()
+    if guidance is not None and quiet:
+        warnings.warn(
+            f"guidance is off at steps {', '.join(map(str, quiet))}, which draw no noise.",
+            stacklevel=2,
         )
     book = None
     if record is not None and journal.exists(record):
@@ -168,6 +176,8 @@ def more(result: Result, *, nfe, reward_calls, seconds, progress) -> Result:
         add("reward_calls", old.budget.reward_calls, reward_calls),
         seconds,
     )
+    if not result.finished.all():
+        _ = result.items  # what stands on its way walks on, and its state is let go
     spec = dataclasses.replace(old, budget=limits)
     grown = Engine(
         engine.model,
@@ -287,8 +297,7 @@ def _check(model, reward, sampler, lam, kl, ess, seed, guidance, weights) -> Non
     if not isinstance(model, Model):
         hint = "steering.from_pipeline(pipe) makes one of a diffusers pipeline"
         raise TypeError(f"model is a {type(model).__name__}, not a steering.Model: {hint}.")
-    if not callable(reward):
-        raise TypeError(f"reward={reward!r} is not callable: give (items, prompts) -> [N].")
+    _check_reward("reward", reward)
     if isinstance(sampler, type):
         name = sampler.__name__
         raise TypeError(f"sampler={name} is a class: give an instance, {name}().")
@@ -315,11 +324,28 @@ def _check(model, reward, sampler, lam, kl, ess, seed, guidance, weights) -> Non
         raise ValueError(f"weights='exact': {name} has no density, so say weights='none'.")
 
 
+def _check_reward(name: str, reward: Any) -> None:
+    if isinstance(reward, type):
+        raise TypeError(f"{name}={reward.__name__} is a class: give an instance of it.")
+    if not callable(reward):
+        raise TypeError(f"{name}={reward!r} is not callable: give (items, prompts) -> [N].")
+    try:
+        inspect.signature(reward).bind(None, ())
+    except ValueError:  # built in, without a signature
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: {reward_name(reward)} cannot be called with (items, prompts): {error}."
+        ) from error
+
+
 def _check_wishes(draws, also, batch, on_error) -> None:
     if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
         raise ValueError(f"draws={draws!r}: give a whole number >= 1, or None for all.")
-    if not isinstance(also, (list, tuple)) or not all(callable(held_out) for held_out in also):
+    if not isinstance(also, (list, tuple)):
         raise TypeError(f"also={also!r}: give a list of rewards, (items, prompts) -> [N].")
+    for held_out in also:
+        _check_reward("also", held_out)
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch={batch!r}: give a whole number >= 1.")
     if on_error not in ("fail", "raise"):

@@ -114,9 +114,9 @@ class Scorer:
                 answers.append((tag, job.result()))
         return answers
 
-    def close(self) -> None:
-        """Let a call that is running end, and start no other: `finished` has its answer."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, wait: bool = True) -> None:
+        """Start no other call, and wait for the one that is running: `finished` has its answer."""
+        self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def _run(self, x: Tensor, row: list[int]) -> Scores:
         prompts = [self._prompts[r] for r in row]
@@ -145,8 +145,9 @@ class _Decoded:
         value = self.reward(items, prompts)
         if not isinstance(items, Tensor) or not items.is_floating_point():
             return value
-        # a reward may turn broken pixels into a number; it would mean nothing
-        broken = ~items.flatten(1).isfinite().all(1).cpu()
+        # a reward may make a number of broken pixels, and a decoder pixels of a broken state; it
+        # would mean nothing
+        broken = ~(items.flatten(1).isfinite().all(1).cpu() & x.flatten(1).isfinite().all(1).cpu())
         if not broken.any():
             return value
         self.broken = True

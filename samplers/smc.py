@@ -24,6 +24,9 @@ POTENTIALS: dict[str, tuple[float, Callable[[Tensor, Tensor], tuple[Tensor, Tens
 }
 
 
+_HUGE = 1e300  # no reward and no log weight counts as more
+
+
 @dataclass(frozen=True)
 class SMC:
     """Populations of K particles, weighed and resampled on their way from noise to data.
@@ -162,8 +165,10 @@ class SMC:
         if not alive.any():
             p.leg = len(state.stops) - 1  # nothing is left to walk: it ends without an item
             return
-        seen, log_g = POTENTIALS[self.potential][1](p.seen, reward)
-        log_g = torch.where(alive, state.plan.lam * log_g, 0.0)
+        # hostile rewards must not overflow: inf - inf is no weight
+        seen, log_g = POTENTIALS[self.potential][1](p.seen, reward.clamp(-_HUGE, _HUGE))
+        seen = seen.clamp(-_HUGE, _HUGE)
+        log_g = torch.where(alive, (state.plan.lam * log_g).clamp(-_HUGE, _HUGE), 0.0)
         log_w = torch.where(alive, p.log_w + log_g + log_ratio, -torch.inf)
         slot = parent = alive.nonzero().flatten()
         if ess(log_w) < self.ess * state.k:

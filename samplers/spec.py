@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,8 @@ def encode(value: Any) -> Any:
         return {"type": type(value).__name__, **fields}
     if isinstance(value, (tuple, list)):
         return [encode(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"type": "float", "value": str(value)}  # JSON has no word for it
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{type(value).__name__} in a sampler's settings cannot be recorded as JSON.")
@@ -57,6 +60,8 @@ def decode(value: Any, own: Sampler | None) -> Any:
 
     known = {"Spec": Spec, "Budget": Budget, **{n: getattr(samplers, n) for n in samplers.__all__}}
     kind = value["type"]
+    if kind == "float":
+        return float(value["value"])
     if own is not None and type(own).__name__ == kind:
         if not dataclasses.is_dataclass(own):
             return own

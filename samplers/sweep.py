@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from torch import Tensor
 
 from samplers import table
 from samplers.ancestral import Ancestral
-from samplers.core import Sampler
+from samplers.core import Budget, Sampler
+from samplers.engine import Engine, Settings
 from samplers.result import Result
 from samplers.run import sample
 from samplers.scoring import call_reward, reward_name
@@ -34,6 +34,8 @@ from steering.metrics import Extractor
 
 _TUNING, _REFERENCE = 1_000_000, 2_000_000  # first seeds of the search and of the reference
 _PART = 500  # walks per prompt in a file of the reference
+_LEAST = {"seeds": 1, "draws": 2, "reference": 0, "tuning_seeds": 1, "batch": 1}
+_DISTANCES = ("frechet", "mmd")  # objectives of which less is better
 Candidates = Sampler | Sequence[Sampler]
 
 
@@ -54,8 +56,8 @@ class Sweep:
         extractor: what distances are measured with; None measures none.
         reference: independent walks per prompt, weighed by exp(λ reward), that stand for the target
             law; distances are to it. 0: there is no distance.
-        objective: what settings are chosen by: "reward" (the mean over draws, higher is better), or
-            "frechet" or "mmd" to the reference (lower is better).
+        objective: what settings are chosen by: "reward" (the mean over draws) or "best" (of them),
+            higher is better; or "frechet" or "mmd" to the reference, lower is better.
         tuning_seeds: seeds of the search.
         batch: walks that share a network call.
 
@@ -82,20 +84,20 @@ class Sweep:
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not value:
                 raise TypeError(f"{name}={value!r}: give a dictionary of at least one, by name.")
-            slugs = [table.slug(str(key)) for key in value]
-            if len(set(slugs)) < len(slugs) or not all(slugs):
-                raise ValueError(
-                    f"{name} has names alike as folders: {', '.join(map(str, value))}."
-                )
+            _check_folders(name, value)
         if not self.nfe or not all(type(n) is int and n > 0 for n in self.nfe):
             raise ValueError(f"nfe={self.nfe!r}: give a list of network rows, ints > 0.")
-        for name, least in (("seeds", 1), ("draws", 2), ("reference", 0), ("tuning_seeds", 1)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}={value!r}: give a whole number >= {least}.")
-        if self.objective not in ("reward", "frechet", "mmd"):
-            raise ValueError(f"objective={self.objective!r}: give reward, frechet or mmd.")
-        if self.objective != "reward" and not (self.extractor and self.reference):
+        if type(self.lam) not in (int, float) or not 0 <= self.lam < math.inf:
+            raise ValueError(f"lam={self.lam!r}: give a finite number >= 0.")
+        if not isinstance(self.also, (list, tuple)) or not all(map(callable, self.also)):
+            raise TypeError(f"also={self.also!r}: give a list of rewards.")
+        if self.objective not in ("reward", "best", *_DISTANCES):
+            raise ValueError(f"objective={self.objective!r}: give reward, best, frechet or mmd.")
+        if self.objective in _DISTANCES and not (self.extractor and self.reference):
             raise ValueError(f"objective={self.objective!r} needs an extractor and a reference.")
         if self.reference and self.extractor is None:
             raise ValueError(f"reference={self.reference} needs an extractor to measure with.")
@@ -187,7 +189,7 @@ class Sweep:
                     if not (one / table.ROW).exists():
                         about = {"task": task, "sampler": name, "nfe": nfe, "seed": seed}
                         yield partial(self._walk, one, about, sampler, {})
-            if self.objective != "reward":
+            if self.objective in _DISTANCES:
                 parts = range(math.ceil(self.reference / _PART))
                 yield from self._missing_parts(out, parts)  # of another shard, perhaps
             choice, tuning = self._choose(out, tried)
@@ -205,7 +207,7 @@ class Sweep:
             spent += sum(row.get("rows") or 0 for row in rows)
             values = [row.get(self.objective) for row in rows]
             known = [v for v in values if v is not None]
-            sign = 1 if self.objective == "reward" else -1
+            sign = -1 if self.objective in _DISTANCES else 1
             whole = len(known) == len(values)
             means.append(sign * sum(known) / len(known) if whole else -math.inf)
         return max(range(len(means)), key=means.__getitem__), spent
@@ -216,16 +218,15 @@ class Sweep:
         folder.mkdir(parents=True, exist_ok=True)
         about = {**about, **more}
         label = "{task}, {sampler}, {nfe} rows, seed {seed}".format(**about)
-        try:
-            run = sample(
-                self.model, reward, sampler, nfe=about["nfe"], lam=self.lam, draws=self.draws,
-                seed=about["seed"], also=self.also, batch=self.batch, progress=False,
-                record=folder / "record",
-            )  # fmt: skip
-        except ValueError as error:  # a budget below one population, say: others still can
-            rows = [{**about, "prompt": r, "refused": str(error)} for r in range(self._conditions)]
+        if refused := self._refusal(reward, sampler, about["nfe"]):
+            rows = [{**about, "prompt": r, "refused": refused} for r in range(self._conditions)]
             _write_json(folder / table.ROW, rows)
-            return f"{label}: refused, {error}"
+            return f"{label}: refused, {refused}"
+        run = sample(
+            self.model, reward, sampler, nfe=about["nfe"], lam=self.lam, draws=self.draws,
+            seed=about["seed"], also=self.also, batch=self.batch, progress=False,
+            record=folder / "record",
+        )  # fmt: skip
         if run.status != "done":
             raise KeyboardInterrupt
         if self.extractor is not None:
@@ -238,6 +239,15 @@ class Sweep:
         known = [row["reward"] for row in rows if row["reward"] is not None]
         mean = f"reward {sum(known) / len(known):.4g}" if known else "nothing found"
         return f"{label}: {mean}, {run.spent.seconds:.1f} s"
+
+    def _refusal(self, reward: Any, sampler: Sampler, nfe: int) -> str:
+        """Why a sampler cannot take a budget (others still can); "" if it can."""
+        engine = Engine(self.model, reward, settings=Settings(self.batch))
+        try:
+            sampler.init(engine.plan(self.lam, 0, Budget(nfe)))
+        except ValueError as error:
+            return str(error)
+        return ""
 
     @property
     def _conditions(self) -> int:
@@ -282,8 +292,21 @@ class Sweep:
                     "Give another folder."
                 )
             named[key] = {**kept.get(key, {}), **values}
+            _check_folders(key, named[key])
         out.mkdir(parents=True, exist_ok=True)
         _write_json(path, {**fixed, **named})
+
+
+def _check_folders(kind: str, names: Mapping[str, Any]) -> None:
+    """ValueError unless every name has a folder of its own."""
+    taken: dict[str, str] = {}
+    for name in names:
+        other = taken.setdefault(table.slug(str(name)), name)
+        if other != name or not table.slug(str(name)):
+            raise ValueError(
+                f"{kind}: {name!r} has no folder of its own beside {other!r}: give it a name that "
+                "differs in letters or digits."
+            )
 
 
 def candidates(given: Candidates) -> list[Sampler]:
@@ -329,12 +352,10 @@ def _nothing(items: Tensor, prompts: list) -> Tensor:
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = table.aside(path)
     save_file({k: v.contiguous() for k, v in tensors.items()}, part)
     part.replace(path)
 
 
 def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    part.replace(path)
+    table.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", path)

@@ -55,7 +55,9 @@ def find_lam(engine: Engine, spec: Spec, progress: bool) -> Spec:
     id, _ = walks.found()
     r, row = walks.reward[id], walks.row(id)
     rewards = [r[row == c] for c in row.unique().tolist()]
-    if not rewards or all(float(v.max() - v.min()) == 0 for v in rewards):
+    if not rewards:
+        raise ValueError(f"the reward failed on all {n} pilot walks: {pilot.ledger.first_error}.")
+    if all(float(v.max() - v.min()) == 0 for v in rewards):
         raise ValueError("the pilot saw no spread of rewards, so no lam has the target: give lam.")
 
     def value(log_lam: float) -> float:  # rises with λ

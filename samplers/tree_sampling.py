@@ -65,6 +65,8 @@ class TreeSampling:
         if self.law not in LAWS:
             raise ValueError(f"law={self.law!r} is unknown: give one of {', '.join(LAWS)}.")
         check(self.branch, self.widening, self.parallel, self.pilot)
+        if self.pilot and self.law == "published":
+            raise ValueError(f'pilot={self.pilot!r} serves law="path" alone: leave it out.')
 
     def init(self, plan: Plan) -> Growth:
         published = self.law == "published"

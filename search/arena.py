@@ -15,6 +15,7 @@ from search.backup import Backup
 from search.widen import Widening
 
 FLOOR = -1e300  # scores and log ratios end here: sums of a few stay finite
+_SQUARED = 1e140  # a reward beyond it has no square to speak of, and counts as it in the spread
 
 
 class Arena:
@@ -125,9 +126,10 @@ class Arena:
         self.reward[leaf] = reward
         self.leaves.append(leaf)
         self.log_w[leaf] = log_w
-        apart = reward - self._mean
+        held = min(max(reward, -_SQUARED), _SQUARED)
+        apart = held - self._mean
         self._mean += apart / len(self.leaves)
-        self._squares += apart * (reward - self._mean)
+        self._squares += apart * (held - self._mean)
         self.score(leaf, reward)
 
     def spread(self) -> float:

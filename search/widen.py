@@ -23,6 +23,9 @@ class Widening:
     alpha: float = 0.3
 
     def __post_init__(self) -> None:
+        for name in ("c", "alpha"):
+            if type(getattr(self, name)) not in (int, float):
+                raise TypeError(f"Widening({name}={getattr(self, name)!r}): give a number.")
         if not self.c > 0:
             raise ValueError(f"Widening(c={self.c!r}): give a positive number of children.")
         if not 0 < self.alpha <= 1:

@@ -149,5 +149,19 @@ class Model:
     name: str = "model"
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):
+            raise TypeError(
+                f"prompts={self.prompts!r} is one text: give a tuple, ({self.prompts!r},)."
+            )
+        for name, needs in (
+            ("denoiser", ("rows", "__call__")),
+            ("process", ("prior", "transition")),
+        ):
+            lacking = [n for n in needs if not hasattr(getattr(self, name), n)]
+            if lacking:
+                kind = type(getattr(self, name)).__name__
+                raise TypeError(
+                    f"{name} is a {kind} without {', '.join(lacking)}: see steering.core."
+                )
         if len(self.prompts) == 0:
             raise ValueError("prompts is empty: give one entry per condition, or (None,) for none.")

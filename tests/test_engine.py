@@ -16,8 +16,10 @@ from torch import Tensor
 
 from samplers import SMC, Ancestral, BestOfN, Importance, TreeSampling, TreeSearch, sample
 from samplers.core import Rollouts
-from steering.core import Proposal
+from steering import from_pipeline, zoo
+from steering.core import Model, Proposal, images_in_unit_range
 from steering.gaussian import NormalTransition
+from steering.rewards import Jpeg
 from tests.brownian import Walk, brownian, first
 
 QUIET = {"progress": False}
@@ -68,8 +70,14 @@ def test_every_network_row_is_counted_and_none_is_over_budget():
         model = brownian(steps=steps, prompts=prompts, price=price)
         nfe = steps * price + chance.randint(0, 150)
         calls = chance.choice([None, chance.randint(1, 40)])
-        trees = [TreeSampling(branch="even"), TreeSearch(branch="even", parallel=5)]
-        sampler = chance.choice([Ancestral(), BestOfN(), Importance(), *trees])
+        trees = [
+            TreeSampling(branch="even"), TreeSampling(pilot=3),
+            TreeSearch(branch="even", parallel=5), TreeSearch(value="clean"),
+        ]  # fmt: skip
+        sampler = chance.choice([Ancestral(), BestOfN(), Importance(), SMC(2), SMC(), *trees])
+        if isinstance(sampler, SMC) or getattr(sampler, "value", "") == "clean":
+            # populations of two, and a reward call for every look
+            nfe, calls = 2 * nfe, None if calls is None else 20 + calls
         batch = chance.choice([5, 16, 64, 200])
         run = sample(model, first, sampler, nfe=nfe, reward_calls=calls, batch=batch, **QUIET)
         seen = sum(model.denoiser.rows_seen)
@@ -79,7 +87,9 @@ def test_every_network_row_is_counted_and_none_is_over_budget():
         # nothing unscored: every leg goes on until a leaf that has its reward
         walks = run._engine.record.walks
         went_on = {w.src for w in walks}
-        assert all(w.entry in went_on if w.stop < steps else w.score for w in walks)
+        assert all(w.entry in went_on if w.stop < steps else w.score for w in walks) or isinstance(
+            sampler, SMC
+        )
         assert sum(w.rows for w in walks) == run.nfe
 
 
@@ -100,7 +110,7 @@ def test_a_call_of_one_row_that_has_no_memory_is_an_error():
 
 # --- rewards that fail -------------------------------------------------------------------------
 
-HOSTILE = (math.nan, math.inf, -math.inf, 1e38, -1e38, 0.0, 1.0, -1.0, None)
+HOSTILE = (math.nan, math.inf, -math.inf, 1e38, -1e38, 1e308, -1e308, 0.0, 1.0, -1.0, None)
 
 
 def test_a_thousand_hostile_reward_vectors():
@@ -147,6 +157,69 @@ def test_a_fifth_of_the_calls_failing_is_counted_exactly():
     everything = sample(brownian(), first, Ancestral(500), **QUIET).items
     assert run.failed == int(flaky(everything, None).isnan().sum()) > 50
     assert run.distinct == 500 - run.failed
+
+
+def test_a_state_that_is_not_finite_has_failed_though_its_pixels_are():
+    class Broken(Walk):
+        def __call__(self, x, t, row):
+            return torch.where(x[:, :1] > 0.5, torch.inf, super().__call__(x, t, row))
+
+    model = Model(Broken(), brownian().process, decode=images_in_unit_range)
+    run = sample(model, first, BestOfN(100), **QUIET)
+    assert 10 < run.failed < 90
+    assert int(run.found[0]) == 100 - run.failed
+
+
+def test_a_held_out_reward_that_fails_loses_nothing():
+    def wrong(items, prompts):
+        return items
+
+    def broken(items, prompts):
+        raise RuntimeError("no memory")
+
+    with pytest.warns(UserWarning, match=r"also: wrong ended with WrongShapeError"):
+        run = sample(brownian(), first, BestOfN(50), also=[wrong, first, broken], **QUIET)
+    assert run.distinct == 50
+    assert run.also["wrong"].isnan().all()
+    assert run.also["broken"].isnan().all()
+    assert torch.equal(run.also["first"], run.rewards)
+
+
+def test_a_denoiser_of_another_shape_is_told():
+    class Flat(Walk):
+        def __call__(self, x, t, row):
+            return x[:, :1]
+
+    with pytest.raises(TypeError, match=r"denoiser returned shape \(16, 1\)"):
+        sample(Model(Flat(), brownian().process), first, BestOfN(3), **QUIET)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_slow_reward():
+    def slow(items, prompts):
+        time.sleep(3)
+        return first(items, prompts)
+
+    def press():
+        for _ in range(2):
+            time.sleep(0.4)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=press)
+    began = time.monotonic()
+    presser.start()
+    with pytest.raises(KeyboardInterrupt):
+        sample(brownian(), slow, BestOfN(5), **QUIET)
+    assert time.monotonic() - began < 2.5
+    presser.join()
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_a_real_network_gives_the_same_to_the_bit_in_small_batches(batch):
+    """Calls are filled up to 16 rows: below, a convolution's sums depend on the batch."""
+    model = from_pipeline(zoo.load("mnist"), steps=4)
+    usual = sample(model, Jpeg(), BestOfN(16), **QUIET)
+    small = sample(model, Jpeg(), BestOfN(16), batch=batch, **QUIET)
+    assert torch.equal(usual.items, small.items)
 
 
 def test_an_item_that_cannot_be_decoded_has_failed():

@@ -41,6 +41,10 @@ RUNS = {
     "model-none": (lambda m: run(None), "model"),
     "reward": (lambda m: run(m, reward=3), "reward"),
     "reward-none": (lambda m: run(m, reward=None), "reward"),
+    "reward-class": (lambda m: run(m, reward=Jpeg), "reward=Jpeg is a class"),
+    "reward-of-one": (lambda m: run(m, reward=lambda items: items), "reward"),
+    "also-class": (lambda m: run(m, also=[Jpeg]), "also=Jpeg is a class"),
+    "also-of-three": (lambda m: run(m, also=[lambda a, b, c: a]), "also"),
     "sampler-class": (lambda m: run(m, sampler=BestOfN), "sampler"),
     "sampler-text": (lambda m: run(m, sampler="dts"), "sampler"),
     "nfe-zero": (lambda m: run(m, nfe=0), "nfe"),
@@ -83,6 +87,14 @@ RUNS = {
 }
 
 PARTS = {
+    "prompts-text": (
+        lambda: Model(brownian().denoiser, brownian().process, prompts="cat"),
+        "prompts",
+    ),
+    "denoiser": (lambda: Model(lambda x, t, row: x, brownian().process), "denoiser"),
+    "process": (lambda: Model(brownian().denoiser, None), "process"),
+    "pilot-published": (lambda: TreeSampling(law="published", pilot=50), "pilot"),
+    "widening-text": (lambda: Widening("a"), "Widening"),
     "n": (lambda: BestOfN(0), "n="),
     "n-text": (lambda: Ancestral("4"), "n="),
     "law": (lambda: TreeSampling(law="exact"), "law"),
@@ -106,7 +118,10 @@ PARTS = {
     "from-pil": (lambda: from_pil(3), "from_pil"),
     "zoo": (lambda: zoo.load("imagenet"), "imagenet"),
     "zoo-reference": (lambda: zoo.reference("cifar"), "cifar"),
-    "prompts-empty": (lambda: Model(first, None, prompts=()), "prompts"),
+    "prompts-empty": (
+        lambda: Model(brownian().denoiser, brownian().process, prompts=()),
+        "prompts",
+    ),
 }
 
 PIPES = {

@@ -37,6 +37,8 @@ def _plot(given: argparse.Namespace) -> int:
     rows = table.read(given.folder)
     plan = json.loads((given.folder / table.PLAN).read_text())
     written = table.write(rows, given.folder)
+    if not table.metrics(rows):
+        raise ValueError(f"{given.folder} holds no figure yet.\n{table.notes(rows, given.folder)}")
     for metric in given.metric or table.metrics(rows):
         note = f"extractor {plan['extractor']}" if metric in table.DISTANCES else ""
         timed = any(math.isfinite(p.seconds) for p in table.points(rows, metric))

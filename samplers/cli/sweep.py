@@ -86,7 +86,7 @@ def add(commands: Any) -> None:
     judge.add_argument(
         "--objective",
         default="reward",
-        help="what the best of several settings is told by: reward, frechet or mmd "
+        help="what the best of several settings is told by: reward, best, frechet or mmd "
         "(default: reward)",
     )
     judge.add_argument(
@@ -158,9 +158,6 @@ def _sweep(given: argparse.Namespace) -> int:
     for flag, values in (("--task", tasks), ("--sampler", samplers), ("--nfe", given.nfe)):
         if not values:
             raise ValueError(f"nothing to compare: give at least one {flag}.")
-    k, slash, n = given.shard.partition("/")
-    if not (slash and k.isdecimal() and n.isdecimal()):
-        raise ValueError(f"--shard {given.shard}: give K/N, as in 0/2.")
     sweep = Sweep(
         build_model(given),
         tasks,
@@ -181,14 +178,26 @@ def _sweep(given: argparse.Namespace) -> int:
         if not given.quiet:
             print(line, flush=True)
 
-    done = sweep.run(given.out, minutes=given.minutes, shard=(int(k), int(n)), report=report)
+    done = sweep.run(
+        given.out, minutes=given.minutes, shard=parse_shard(given.shard), report=report
+    )
     rows = table.read(given.out)
     if rows:
         written = table.write(rows, given.out)
-        report("\n" + table.markdown(rows, table.metrics(rows)[0]))
+        if judged := table.metrics(rows):
+            report("\n" + table.markdown(rows, judged[0]))
+        report(table.notes(rows, given.out))
         report("wrote " + ", ".join(map(str, written)))
     report("done" if done else "time is up: the same command goes on")
     return 0
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`0/2` -> (0, 2)."""
+    k, slash, n = text.partition("/")
+    if not (slash and k.isdecimal() and n.isdecimal()):
+        raise ValueError(f"--shard {text}: give K/N, as in 0/2.")
+    return int(k), int(n)
 
 
 def _named(flag: str, given: list[str]) -> list[tuple[str, str]]:

@@ -6,11 +6,12 @@ All but the exact ones work on features that the caller extracted, and say with 
 from steering.metrics.diversity import Diversity, diversity
 from steering.metrics.exact import kl, total_variation
 from steering.metrics.extractors import Extractor, extractor
-from steering.metrics.frechet import Frechet, Moments, frechet
+from steering.metrics.frechet import FEW, Frechet, Moments, frechet
 from steering.metrics.manifold import Manifold, manifold
 from steering.metrics.mmd import MMD, cmmd, kid, mmd, within
 
 __all__ = [
+    "FEW",
     "MMD",
     "Diversity",
     "Extractor",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steering.metrics.features import checked, named, shares
 
-_FEW = 2048  # below this the distance of two equal laws is mostly bias; the usual FID uses 50,000
+FEW = 2048  # below this the distance of two equal laws is mostly bias; the usual FID uses 50,000
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ def frechet(a: Tensor | Moments, b: Tensor | Moments, *, extractor: str) -> Frec
             f"a has {len(first.mean)} features and b has {len(second.mean)}: use one extractor."
         )
     few = min(first.n, second.n)
-    if few < _FEW:
+    if few < FEW:
         warnings.warn(
             f"Fréchet distance from {few:.0f} items in {len(first.mean)} dimensions: biased "
-            f"upwards below {_FEW}. Compare only at equal numbers.",
+            f"upwards below {FEW}. Compare only at equal numbers.",
             stacklevel=2,
         )
     values, vectors = torch.linalg.eigh(first.covariance)
