@@ -102,6 +102,7 @@ def main() -> None:
         lam=10.0,
         draws=16,
         also=[rewards.Jpeg(), *held_out],
+        objective="best",
         tuning_seeds=1,
         batch=64 if args.device == "cpu" else 16,
     )

@@ -311,13 +311,14 @@ def report(bench: Bench, ladder: list[int]) -> dict[str, Any]:
                 print(f"\n{name} at {top} rows: {figures[name]:.3f} ± {errors:.3f}")
     print("\nNFE factor of dts: NFE at which the other has dts's distance, over dts's NFE")
     factors = {
-        f"{task}/{name}": nfe_factor(curves[task, "dts"], curves[task, name])
+        f"{task}/{name}/{at}": nfe_factor(curves[task, "dts"], curves[task, name], at)
         for task in CLASSES
+        for at in ladder
         for name in ("importance", "smc", "dts published", "best_of_n", "unsteered")
-        if (task, "dts") in curves and (task, name) in curves
+        if at in curves.get((task, "dts"), {}) and (task, name) in curves
     }
     for pair, factor in factors.items():
-        print(f"  {pair:24s} {factor}")
+        print(f"  {pair:32s} {factor}")
     return {**figures, "nfe_factor": factors}
 
 

@@ -32,26 +32,30 @@ def finish(figures: dict[str, Any]) -> None:
     print(json.dumps(_plain(figures), allow_nan=False), flush=True)
 
 
-def nfe_factor(mine: dict[int, float], other: dict[int, float]) -> str:
-    """NFE at which another sampler has this one's distance, over this one's NFE, at its largest.
+def nfe_factor(mine: dict[int, float], other: dict[int, float], at: int) -> str:
+    """NFE at which another sampler has this one's distance at `at`, over `at`.
+
+    Above 1 this one needs less. Read off the other's best so far, interpolated in logarithms; a
+    bound where that does not reach.
 
     Args:
-        mine, other: distance by NFE; the other's is interpolated in logarithms. A bound where its
-            curve does not reach.
+        mine, other: distance by NFE.
+        at: one of `mine`.
     """
-    top = max(mine)
-    target = mine[top]
-    ladder = sorted(other)
-    if target <= 0 or any(other[n] <= 0 for n in ladder):
+    target, best = mine[at], math.inf
+    curve: list[tuple[int, float]] = []
+    for nfe in sorted(other):
+        best = min(best, other[nfe])
+        curve.append((nfe, best))
+    if min(target, best) <= 0:
         return "a distance is at its floor"
-    for low, high in itertools.pairwise(ladder):
-        a, b = math.log(other[low]), math.log(other[high])
-        if min(a, b) <= math.log(target) <= max(a, b) and a != b:
-            share = (a - math.log(target)) / (a - b)
-            at = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
-            return f"{at / top:.2f}"
-    last = ladder[-1]
-    return f"> {last / top:.2f}" if other[last] > target else f"< {ladder[0] / top:.2f}"
+    if curve[0][1] <= target:
+        return f"< {curve[0][0] / at:.2f}" if curve[0][1] < target else f"{curve[0][0] / at:.2f}"
+    for (low, a), (high, b) in itertools.pairwise(curve):
+        if b <= target:
+            share = math.log(a / target) / math.log(a / b)
+            return f"{low * (high / low) ** share / at:.2f}"
+    return f"> {curve[-1][0] / at:.2f}"
 
 
 def _plain(value: Any) -> Any:

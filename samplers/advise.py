@@ -40,7 +40,7 @@ class Advice:
     """What a pilot saw, and what follows from it."""
 
     sampler: Sampler
-    nfe: int | None  # what is left of the budget after the pilot, per prompt
+    nfe: int  # rows per prompt: what the pilot left of the budget, or what should be enough
     why: tuple[str, ...]  # in words
     goal: Goal
     lam: float
@@ -74,7 +74,7 @@ class Advice:
             + "".join(f"{v:8.2f}" for v in self.foreseen)
             + f"   ({self.walks} walks)",
             *self.why,
-            f"advice: {self.sampler}" + ("" if self.nfe is None else f" with nfe={self.nfe}"),
+            f"advice: {self.sampler} with nfe={self.nfe}",
         ]
         return "\n".join(lines)
 
@@ -96,7 +96,8 @@ def advise(
     Args:
         model: what is to be steered.
         reward: by what.
-        nfe: network rows per prompt that are to be spent, the pilot included; None: not decided.
+        nfe: network rows per prompt that are to be spent, the pilot included; None: advise on that
+            too. Recommended is what gives 100 effective draws by importance sampling.
         goal: "draws" of p(x) exp(λ reward(x)), or the "best" items.
         lam: inverse temperature λ.
         pilot: network rows per prompt of the pilot; None is a tenth of nfe, or of 40 walks if nfe
@@ -136,8 +137,14 @@ def advise(
     if len(everything) < 2:
         raise ValueError(f"the reward failed in the pilot, first with {spent.first_error}.")
     agree, foreseen = _correlations(state, found)
-    left = None if nfe is None else nfe - int(spent.rows.max())
+    enough = way * math.ceil(_ENOUGH / _share(found, lam))
+    left = enough if nfe is None else nfe - int(spent.rows.max())
     sampler, why = _decide(state, found, agree, foreseen, goal, left, way)
+    if nfe is None:
+        why.append(
+            f"{enough} network rows per prompt give about {_ENOUGH} effective draws by importance "
+            "sampling, as far as so few walks can tell; another sampler may need less."
+        )
     return Advice(
         sampler=sampler,
         nfe=left,
@@ -196,14 +203,14 @@ def _decide(
     agree: Sequence[float],
     foreseen: Sequence[float],
     goal: Goal,
-    left: int | None,
+    left: int,
     way: int,
 ) -> tuple[Sampler, list[str]]:
     lam, steps = state.plan.lam, state.plan.steps
     planted = state.stops[:-1]
     shares = {i / steps: a for i, a in zip(planted, agree, strict=True)}
     branch = branching.chosen(planted, steps, shares)
-    walks = None if left is None else left // way
+    walks = left // way
     if goal == "best":
         if not branch:
             return BestOfN(), [
@@ -215,9 +222,8 @@ def _decide(
             "there and follow what it finds."
         ]
     share = _share(found, lam)
-    effective = math.inf if walks is None else share * walks
-    words = f"{share:.3g} of independent walks count"
-    words += "" if walks is None else f", about {effective:.0f} effective draws in this budget"
+    effective = round(share * walks)
+    words = f"{share:.3g} of independent walks count, about {effective} effective draws"
     common = all(branching.common(r, lam) for r in found if len(r))
     if common and effective >= _ENOUGH:
         return Importance(), [
@@ -236,5 +242,6 @@ def _decide(
         return Importance(), [f"exp(lam * reward) is {why}: {words}. Importance sampling is exact."]
     return TreeSampling(branch=branch), [
         f"exp(lam * reward) is rare ({words}) and cannot be foretold early, but is decided around "
-        f"steps {', '.join(map(str, branch))}: a tree that branches there reuses its beginnings."
+        f"steps {', '.join(map(str, branch))}: a tree that branches there reuses its beginnings. "
+        "Its default widening, Widening(1, .4), is narrow, as is right where few walks matter."
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -74,8 +75,36 @@ def test_common_rewards_want_importance_sampling():
     # ESS per draw of exp(x / 2) under N(0, 1) is exp(-1/4); 20 or so walks say it to .2
     assert abs(advice.share - math.exp(-0.25)) < 0.2
     assert "effective draws" in str(advice)
-    assert advice.nfe is not None
     assert advice.nfe + advice.pilot_rows == 20_000
+
+
+def test_without_a_budget_it_recommends_one():
+    advice = advise(brownian(steps=50), first, lam=0.5, **QUIET)
+    assert advice.sampler == Importance()
+    walks = advice.nfe / 50
+    assert walks == math.ceil(100 / advice.share)
+    assert f"{advice.nfe} network rows per prompt give about 100" in str(advice)
+
+
+def test_a_reward_that_cannot_read_guesses_is_still_judged_by_its_ends():
+    """nan on every half-denoised guess: the ends are all there, and nothing foretells them."""
+
+    def on_data(x, prompts):
+        return torch.where(x.abs().amax(1) < 0.3, torch.nan, x[:, 0])
+
+    advice = advise(brownian(steps=50), on_data, nfe=20_000, **QUIET)
+    assert advice.walks + advice.failed == 24
+    assert advice.failed < 8  # of two normals both are below .3 in 1 of 18 cases
+
+
+def test_slow_rewards_do_not_count_as_slow_rows():
+    def slow(x, prompts):
+        time.sleep(0.01)
+        return first(x, prompts)
+
+    quick, waited = (advise(brownian(), r, nfe=2000, **QUIET) for r in (first, slow))
+    assert waited.seconds_per_row < 5 * quick.seconds_per_row + 1e-3
+    assert waited.seconds_per_reward > quick.seconds_per_reward
 
 
 def test_rare_rewards_that_show_early_want_resampling():
@@ -116,6 +145,10 @@ def test_what_cannot_be_advised_on_is_refused_before_the_first_row():
     for wrong, named in (
         ({"nfe": 300}, "nfe=300"),
         ({"goal": "fun"}, "goal"),
+        ({"lam": -1.0}, "lam"),
+        ({"lam": "1"}, "lam"),
+        ({"pilot": 0}, "pilot=0"),
+        ({"nfe": 0}, "nfe=0"),
         ({"pilot": 30}, "nfe=30"),
     ):
         with pytest.raises(ValueError, match=named):

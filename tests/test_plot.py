@@ -25,7 +25,8 @@ def test_a_plot_is_written_in_every_format(tmp_path, kind):
     assert path.stat().st_size > 5000
     if kind == "svg":
         text = path.read_text()
-        assert text.count("<!-- sampler 1 -->") >= 1
+        assert "<!-- sampler 1 -->" in text
+        assert "<!-- reward (higher is better) -->" in text
         assert "<!-- extractor x -->" in text
 
 
@@ -36,6 +37,16 @@ def test_one_run_has_no_bars_and_many_tasks_get_lines_of_three(tmp_path):
     )
     assert many[0] > 2 * one[0]
     assert many[1] > 1.5 * one[1]
+
+
+def test_any_name_has_its_line_and_the_callers_backend_stays(tmp_path):
+    import matplotlib
+
+    matplotlib.use("svg")
+    named = [row | {"sampler": "_" + row["sampler"]} for row in rows()]
+    text = plot(named, tmp_path / "p.svg", "reward").read_text()
+    assert "<!-- _sampler 1 -->" in text
+    assert matplotlib.get_backend() == "svg"
 
 
 def test_what_cannot_be_drawn_is_told(tmp_path, monkeypatch):

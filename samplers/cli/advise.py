@@ -39,9 +39,8 @@ def add(commands: Any) -> None:
     what.add_argument(
         "--nfe",
         type=int,
-        required=True,
         metavar="ROWS",
-        help="network rows to spend, pilot included",
+        help="network rows to spend, pilot included (default: be advised on that too)",
     )
     what.add_argument(
         "--pilot", type=int, metavar="ROWS", help="of them for the pilot (default: a tenth)"

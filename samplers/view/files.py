@@ -15,13 +15,14 @@ from samplers.view.curve import curve
 from samplers.view.grid import image_grid
 from samplers.view.ink import number
 from samplers.view.page import tree_page
+from samplers.view.strip import strip
 from samplers.view.tree import tree_picture
 
 _MOST_IN_GRID, _MOST_TREES = 64, 4
 
 
 def write_files(result: Result, folder: Path, settings: dict[str, Any]) -> list[Path]:
-    """Write grid.png, images/, tree.png, tree.html, curve.png and result.json.
+    """Write grid.png, images/, tree.png, tree.html, strip.png, curve.png and result.json.
 
     Args:
         result: items must be images.
@@ -39,6 +40,9 @@ def write_files(result: Result, folder: Path, settings: dict[str, Any]) -> list[
         written.append(folder / "curve.png")
         curve(result.history).save(written[-1])
     written += trees(result, folder)
+    if result.tree is not None and result.distinct:
+        written.append(folder / "strip.png")
+        strip(result, result.best).save(written[-1])
     (folder / "result.json").write_text(
         json.dumps({"settings": settings, **account(result)}, indent=1, allow_nan=False) + "\n"
     )

@@ -14,6 +14,10 @@ from samplers.table import Point, Row, points
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _DASHES = ("-", "--", "-.", ":")
+_BETTER = {
+    **dict.fromkeys(("frechet", "mmd"), " (lower is better)"),
+    **dict.fromkeys(("reward", "best"), " (higher is better)"),
+}
 _AXES = {"nfe": "network rows per prompt", "seconds": "seconds per run and prompt"}
 
 
@@ -45,38 +49,43 @@ def plot(
         found = [p for p in found if math.isfinite(p.seconds)]
         if not found:
             raise ValueError("seconds are not known: every run went on from its record.")
-    plt = _pyplot()
+    figures, rc_context = _matplotlib()
     tasks = list(dict.fromkeys(p.task for p in found))
     samplers = list(dict.fromkeys(p.sampler for p in found))
     columns = min(len(tasks), 3)
     lines = math.ceil(len(tasks) / columns)
-    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = plt.subplots(
-            lines, columns, figsize=(1.2 + 3.2 * columns, 0.9 + 2.7 * lines), squeeze=False,
-            layout="constrained",
-        )  # fmt: skip
+    with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        # no pyplot: it would change the caller's backend
+        figure = figures.Figure(
+            figsize=(1.2 + 3.2 * columns, 0.9 + 2.7 * lines), layout="constrained"
+        )
+        axes = figure.subplots(lines, columns, squeeze=False)
         for axis in axes.flat[len(tasks) :]:
             axis.set_visible(False)
+        handles: dict[str, Any] = {}
         for task, axis in zip(tasks, axes.flat, strict=False):
-            _panel(axis, [p for p in found if p.task == task], samplers, against)
+            _panel(axis, [p for p in found if p.task == task], samplers, against, handles)
             axis.set_title(task, loc="left", fontweight="bold")
         for line in range(lines):
-            axes[line, 0].set_ylabel(metric)
+            axes[line, 0].set_ylabel(metric + _BETTER.get(metric, ""))
         for axis in axes[-1]:
             axis.set_xlabel(_AXES[against])
-        handles = {}
-        for axis in axes.flat:
-            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         figure.legend(
             [handles[s] for s in samplers], samplers, loc="outside lower center",
             ncols=min(len(samplers), 5), frameon=False, title=note or None,
         )  # fmt: skip
         figure.savefig(path, dpi=160)
-        plt.close(figure)
     return Path(path)
 
 
-def _panel(axis: Any, found: Sequence[Point], samplers: Sequence[str], against: str) -> None:
+def _panel(
+    axis: Any,
+    found: Sequence[Point],
+    samplers: Sequence[str],
+    against: str,
+    handles: dict[str, Any],
+) -> None:
+    """Draw one task; what was drawn for each sampler goes into `handles`."""
     for k, sampler in enumerate(samplers):
         mine = sorted((p for p in found if p.sampler == sampler), key=lambda p: p.nfe)
         if not mine:
@@ -85,16 +94,16 @@ def _panel(axis: Any, found: Sequence[Point], samplers: Sequence[str], against: 
         # lines of one budget would hide each other's bars: each stands a little aside
         x = [v * 1.025 ** (k - (len(samplers) - 1) / 2) for v in x]
         bars = [[_finite(p.mean - p.low) for p in mine], [_finite(p.high - p.mean) for p in mine]]
-        axis.errorbar(
-            x, [p.mean for p in mine], yerr=bars, label=sampler, color=_COLOURS[k % 7],
+        handles[sampler] = axis.errorbar(
+            x, [p.mean for p in mine], yerr=bars, color=_COLOURS[k % 7],
             marker=_MARKERS[k % 7], linestyle=_DASHES[k // 7 % 4 if k >= 7 else k % 4],
             markersize=4.5, linewidth=1.4, elinewidth=1, capsize=2,
         )  # fmt: skip
     axis.set_xscale("log")
-    if all(p.mean > 0 and not p.low <= 0 for p in found):
-        spread = max(p.mean for p in found) / min(p.mean for p in found)
-        if spread > 5:
-            axis.set_yscale("log")
+    means = [p.mean for p in found]
+    if min(means) > 0 and max(means) > 5 * min(means):
+        axis.set_yscale("log", nonpositive="clip")
+        axis.set_ylim(min(means) / 2, 2 * max(means))  # bars may run out of it
     axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
 
 
@@ -103,14 +112,11 @@ def _finite(width: float) -> float:
     return max(width, 0.0) if math.isfinite(width) else 0.0
 
 
-def _pyplot() -> Any:
+def _matplotlib() -> tuple[Any, Any]:
     try:
-        import matplotlib
+        from matplotlib import figure, rc_context
     except ImportError as error:
         raise ImportError(
             'plots need matplotlib: pip install "diffusion-steering[plot]".'
         ) from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return figure, rc_context
