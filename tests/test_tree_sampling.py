@@ -121,12 +121,13 @@ def test_budgets_hold_and_nothing_is_unscored():
         branch = chance.choice(
             ("auto", "even", (), tuple(sorted(chance.sample(range(steps), min(steps, 3)))))
         )
+        law = chance.choice(("path", "published"))
         sampler = TreeSampling(
-            law=chance.choice(("path", "published")),
+            law=law,
             branch=branch,
             widening=chance.choice((None, Widening(1, 0.1), Widening(2, 0.8))),
             parallel=chance.choice((None, 5, 64)),
-            pilot=chance.choice((None, 0, 3)) if branch == "auto" else None,
+            pilot=chance.choice((None, 0, 3)) if (law, branch) == ("path", "auto") else None,
         )
         sd = torch.full((steps + 1,), chance.choice((0.3, 2.0)), dtype=torch.float64)
         rows = chance.randint(1, 2)
