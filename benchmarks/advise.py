@@ -27,19 +27,14 @@ from torch import Tensor
 
 from benchmarks import compute_vs_fid, ladder
 from benchmarks.report import finish, header
-from samplers import SMC, BestOfN, Importance, Sweep, TreeSampling, advise, sample, table
+from samplers import Sweep, advise, sample, table
 from steering import Model
 from steering.gaussian import vp
 from steering.metrics import Extractor
 
 STEPS, WIDTHS, PEAK, SHARPNESS = 50, (1.0, 0.02), 3.0, 3.0
 FIRST_SEED = 100  # of the advised runs: the sweep has seeds of its own
-SYNTHETIC: dict[str, Any] = {
-    "importance": Importance(),
-    "DTS": TreeSampling(),
-    "SMC": [SMC(16), SMC(64), SMC()],
-    "best-of-N": [BestOfN(of=4), BestOfN(of=16), BestOfN(of=64)],
-}
+COMPARED = {name: given for name, given in ladder.SAMPLERS.items() if "published" not in name}
 
 
 class Exact:
@@ -75,7 +70,7 @@ def synthetic(nfe: list[int], seeds: int) -> Sweep:
     return Sweep(
         model,
         {"decided early": peak(0), "decided late": peak(1)},
-        SYNTHETIC,
+        COMPARED,
         nfe,
         seeds=seeds,
         draws=5000,
@@ -150,7 +145,7 @@ def main() -> None:
     many = 2 if args.quick else 16  # they cost next to nothing
     figures = compare(synthetic(args.nfe, many), args.out, many)
     if not args.quick:
-        tasks, samplers = compute_vs_fid.TASKS, list(SYNTHETIC)
+        tasks, samplers = compute_vs_fid.TASKS, list(COMPARED)
         mnist = compute_vs_fid.sweep(tasks, samplers, args.nfe, 3, 20_000, args.device)
         figures |= compare(mnist, args.mnist, args.seeds)
     regrets = [f["regret"] for f in figures.values()]

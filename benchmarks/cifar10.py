@@ -21,18 +21,11 @@ from torch import Tensor, nn
 
 from benchmarks import ladder
 from benchmarks.report import finish, header
-from samplers import SMC, BestOfN, Importance, Sweep, TreeSampling, table
+from samplers import Sweep, table
 from steering import from_pipeline, rewards
 from steering.metrics import Extractor, extractor
 
 METRICS = ("frechet", "mmd", "reward", "root_ess", "log_z", "also: -jpeg kB", "seconds")
-SAMPLERS: dict[str, Any] = {
-    "importance": Importance(),
-    "DTS": TreeSampling(),
-    "SMC": [SMC(16), SMC(64), SMC()],
-    "best-of-N": [BestOfN(of=4), BestOfN(of=16), BestOfN(of=64)],
-    "DTS, published law": TreeSampling(law="published"),
-}
 
 
 class HubClassifier(nn.Module):
@@ -99,7 +92,7 @@ def main() -> None:
     sweep = Sweep(
         from_pipeline(pipe, steps=10 if args.quick else 50, eta=1.0),
         {f"class {k}": rewards.Classifier(net, [k]) for k in args.classes or range(10)},
-        SAMPLERS,
+        ladder.SAMPLERS,
         args.nfe,
         seeds=args.seeds,
         draws=100 if args.quick else 5000,

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import ladder
 from benchmarks.report import finish, header, nfe_factor
-from samplers import SMC, BestOfN, Importance, Sweep, TreeSampling, table
+from samplers import Sweep, table
 from steering import from_pipeline, rewards, zoo
 from steering.metrics import extractor
 
@@ -36,13 +36,6 @@ CLASSES = {
 }
 RARE = "4 and 9"
 TASKS = ("even", "digit 1", "digit 8", RARE)  # of these by default
-SAMPLERS: dict[str, Any] = {
-    "importance": Importance(),
-    "DTS": TreeSampling(),
-    "SMC": [SMC(16), SMC(64), SMC()],
-    "best-of-N": [BestOfN(of=4), BestOfN(of=16), BestOfN(of=64)],
-    "DTS, published law": TreeSampling(law="published"),
-}
 METRICS = ("frechet", "mmd", "reward", "root_ess", "log_z", "also: -jpeg kB", "seconds")
 BASELINES = ("SMC", "best-of-N")  # published ones; the papers leave importance sampling out
 
@@ -67,7 +60,7 @@ def sweep(
     return Sweep(
         from_pipeline(zoo.load("mnist", device=device), steps=50),
         {task: reward(task, net) for task in tasks},
-        {name: SAMPLERS[name] for name in samplers},
+        {name: ladder.SAMPLERS[name] for name in samplers},
         nfe,
         seeds=seeds,
         draws=5000,
@@ -137,9 +130,9 @@ def main() -> None:
     parser = ladder.arguments(__doc__, "compute_vs_fid", [1000, 3000, 10_000, 30_000], seeds=3)
     parser.add_argument("--reference", type=int, default=20_000)
     parser.add_argument("--task", action="append", choices=[*CLASSES, RARE], default=[])
-    parser.add_argument("--sampler", action="append", choices=list(SAMPLERS), default=[])
+    parser.add_argument("--sampler", action="append", choices=list(ladder.SAMPLERS), default=[])
     args = ladder.parse(parser)
-    tasks, samplers = args.task or TASKS, args.sampler or list(SAMPLERS)
+    tasks, samplers = args.task or TASKS, args.sampler or list(ladder.SAMPLERS)
     if args.quick:
         args.nfe, args.seeds, args.reference, tasks = [500], 1, 200, ["even", RARE]
     header()

@@ -7,12 +7,22 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from samplers import Sweep, table
+from samplers import SMC, BestOfN, Importance, Sweep, TreeSampling, table
 from samplers.cli.sweep import parse_shard
 from samplers.view.plot import plot
+
+# those that draw from a law, with the settings that are searched
+SAMPLERS: dict[str, Any] = {
+    "importance": Importance(),
+    "DTS": TreeSampling(),
+    "SMC": [SMC(16), SMC(64), SMC()],
+    "best-of-N": [BestOfN(of=4), BestOfN(of=16), BestOfN(of=64)],
+    "DTS, published law": TreeSampling(law="published"),
+}
 
 
 def arguments(

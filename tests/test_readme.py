@@ -24,6 +24,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
 
 
 def test_the_readmes_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+    for targets in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", README):
+        target = "".join(targets)
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
