@@ -31,6 +31,9 @@ def plot(
 ) -> Path:
     """Draw a figure of a sweep against compute, with 95 % intervals over seeds and prompts.
 
+    An axis over which means vary more than fivefold is logarithmic, and its bars are intervals of
+    the logarithm.
+
     Args:
         rows: from `samplers.table.read`.
         path: file to write; its ending says the format: .png, .pdf or .svg.
@@ -52,7 +55,7 @@ def plot(
     figures, rc_context = _matplotlib()
     tasks = list(dict.fromkeys(p.task for p in found))
     samplers = list(dict.fromkeys(p.sampler for p in found))
-    columns = min(len(tasks), 3)
+    columns = 2 if len(tasks) == 4 else min(len(tasks), 3)
     lines = math.ceil(len(tasks) / columns)
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         # no pyplot: it would change the caller's backend
@@ -86,30 +89,45 @@ def _panel(
     handles: dict[str, Any],
 ) -> None:
     """Draw one task; what was drawn for each sampler goes into `handles`."""
+    from matplotlib import ticker
+
+    means = [p.mean for p in found]
+    logarithmic = min(means) > 0 and max(means) > 5 * min(means)
     for k, sampler in enumerate(samplers):
         mine = sorted((p for p in found if p.sampler == sampler), key=lambda p: p.nfe)
         if not mine:
             continue
         x = [getattr(p, against) for p in mine]
         # lines of one budget would hide each other's bars: each stands a little aside
-        x = [v * 1.025 ** (k - (len(samplers) - 1) / 2) for v in x]
-        bars = [[_finite(p.mean - p.low) for p in mine], [_finite(p.high - p.mean) for p in mine]]
+        x = [v * 1.04 ** (k - (len(samplers) - 1) / 2) for v in x]
+        bars = list(zip(*(_bar(p, logarithmic) for p in mine), strict=True))
         handles[sampler] = axis.errorbar(
             x, [p.mean for p in mine], yerr=bars, color=_COLOURS[k % 7],
             marker=_MARKERS[k % 7], linestyle=_DASHES[k // 7 % 4 if k >= 7 else k % 4],
-            markersize=4.5, linewidth=1.4, elinewidth=1, capsize=2,
+            markersize=4.5, linewidth=1.4, elinewidth=0.8, capsize=1.5,
         )  # fmt: skip
     axis.set_xscale("log")
-    means = [p.mean for p in found]
-    if min(means) > 0 and max(means) > 5 * min(means):
-        axis.set_yscale("log", nonpositive="clip")
+    if logarithmic:
+        axis.set_yscale("log")
         axis.set_ylim(min(means) / 2, 2 * max(means))  # bars may run out of it
+    ruled = [axis.xaxis, axis.yaxis] if logarithmic else [axis.xaxis]
+    for ruler in ruled:
+        ruler.set_major_locator(ticker.LogLocator(subs=(1.0, 3.0)))
+        ruler.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:,.10g}"))
+        ruler.set_minor_formatter(ticker.NullFormatter())
     axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
 
 
-def _finite(width: float) -> float:
-    """Length of half a bar; 0 where there is no interval."""
-    return max(width, 0.0) if math.isfinite(width) else 0.0
+def _bar(point: Point, logarithmic: bool) -> tuple[float, float]:
+    """Lengths of a bar below and above; on a logarithmic axis the interval of the logarithm, to
+    first order. 0 where there is no interval."""
+    if not math.isfinite(point.low):
+        return 0.0, 0.0
+    half = (point.high - point.low) / 2
+    if not logarithmic:
+        return half, half
+    factor = math.exp(min(half / point.mean, 50.0))
+    return point.mean * (1 - 1 / factor), point.mean * (factor - 1)
 
 
 def _matplotlib() -> tuple[Any, Any]:
