@@ -4,6 +4,7 @@ import json
 import math
 import random
 import time
+import warnings
 
 import pytest
 import torch
@@ -137,6 +138,48 @@ def test_a_saved_run_is_the_same_and_goes_on(tmp_path, sampler):
     assert sum(model.denoiser.rows_seen) == grown.nfe - run.nfe + grown.spent.padded
     again = load(tmp_path / "run", brownian(), first, draws=20)  # `more` went on in the folder
     assert torch.equal(again.rewards, whole.rewards)
+
+
+def test_a_run_continued_is_the_run_with_both_budgets():
+    """60 random samplers, costs and budgets, and a reward that fails now and then."""
+    chance = random.Random(0)
+
+    def flaky(items, prompts):
+        return torch.where(items[:, 1] > 1.3, torch.nan, items[:, 0].double())
+
+    for _ in range(60):
+        wide = Widening(chance.choice([1.0, 2.0]), chance.choice([0.3, 0.5, 0.8]))
+        parallel = chance.choice([1, 3, 8])
+        sampler = chance.choice(
+            [
+                BestOfN(), BestOfN(of=3), Importance(),
+                TreeSampling(branch="even", widening=wide, parallel=parallel),
+                TreeSampling(law="published", parallel=parallel),
+                TreeSampling(pilot=4, parallel=parallel),
+                TreeSearch(widening=wide, parallel=parallel, pilot=chance.choice([0, 4])),
+                TreeSearch(value="clean", branch=(2, 5), parallel=parallel),
+            ]
+        )  # fmt: skip
+        model = {"prompts": ("a", "b")[: chance.randint(1, 2)], "price": chance.randint(1, 2)}
+        settings = {"lam": chance.choice([0.0, 1.0, 3.0]), "seed": chance.randint(0, 9)}
+        first_part, second = chance.randint(200, 500), chance.randint(30, 400)
+        quiet = {"progress": False, "draws": 15}
+        run = sample(brownian(**model), flaky, sampler, nfe=first_part, **settings, **quiet)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # some afford no walk more
+            grown = run.more(nfe=second, progress=False)
+        whole = sample(
+            brownian(**model),
+            flaky,
+            run._spec.sampler,
+            nfe=first_part + second,
+            **settings,
+            **quiet,
+        )
+        assert torch.equal(grown.rewards, whole.rewards), sampler
+        assert torch.equal(grown.counts, whole.counts)
+        assert torch.equal(grown.log_z, whole.log_z) or grown.log_z.isnan().all()
+        assert grown.nfe == whole.nfe
 
 
 def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
