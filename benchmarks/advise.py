@@ -102,7 +102,7 @@ def compare(sweep: Sweep, out: Path, seeds: int) -> dict[str, Any]:
     """Regret of every task and budget of a sweep."""
     if not sweep.run(out):
         raise SystemExit(f"the sweep in {out} is not finished.")
-    rows = table.read(out)
+    rows = [row for row in table.read(out) if row["sampler"] in sweep.samplers]
     figures = {}
     for task in sweep.tasks:
         metric = compute_vs_fid.judged_by(task)
@@ -145,7 +145,7 @@ def main() -> None:
     many = 2 if args.quick else 16  # they cost next to nothing
     figures = compare(synthetic(args.nfe, many), args.out, many)
     if not args.quick:
-        tasks, samplers = compute_vs_fid.TASKS, list(COMPARED)
+        tasks, samplers = compute_vs_fid.TASKS, list(ladder.SAMPLERS)
         mnist = compute_vs_fid.sweep(tasks, samplers, args.nfe, 3, 20_000, args.device)
         figures |= compare(mnist, args.mnist, args.seeds)
     regrets = [f["regret"] for f in figures.values()]
