@@ -75,7 +75,7 @@ def plot(
             axis.set_xlabel(_AXES[against])
         figure.legend(
             [handles[s] for s in samplers], samplers, loc="outside lower center",
-            ncols=min(len(samplers), 5), frameon=False, title=note or None,
+            ncols=math.ceil(len(samplers) / math.ceil(len(samplers) / 5)), frameon=False, title=note or None,
         )  # fmt: skip
         figure.savefig(path, dpi=160)
     return Path(path)
