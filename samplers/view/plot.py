@@ -73,9 +73,10 @@ def plot(
             axes[line, 0].set_ylabel(metric + _BETTER.get(metric, ""))
         for axis in axes[-1]:
             axis.set_xlabel(_AXES[against])
+        names = math.ceil(len(samplers) / math.ceil(len(samplers) / 5))  # in a line: at most five
         figure.legend(
-            [handles[s] for s in samplers], samplers, loc="outside lower center",
-            ncols=math.ceil(len(samplers) / math.ceil(len(samplers) / 5)), frameon=False, title=note or None,
+            [handles[s] for s in samplers], samplers, loc="outside lower center", ncols=names,
+            frameon=False, title=note or None,
         )  # fmt: skip
         figure.savefig(path, dpi=160)
     return Path(path)
