@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.quick:
-        args.nfe, args.seeds, args.rare_seeds, args.pool = [1000], 1, 1, 200
+        args.nfe, args.seeds, args.rare_seeds, args.pool = [500], 1, 1, 150
         args.work = args.work.with_name(args.work.name + "-quick")
     torch.set_num_threads(1)
     header()

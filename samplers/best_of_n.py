@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from samplers.core import Draws, Plan, Rollouts, Walked
-from samplers.walks import Walks, check_count
+from samplers.walks import Walks, affordable, check_count
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,12 @@ class BestOfN:
     def __post_init__(self) -> None:
         check_count("n", self.n)
         check_count("of", self.of, least=2)
+        if self.n is not None and self.of is not None and self.n < self.of:
+            raise ValueError(f"n={self.n} walks hold no group of={self.of}: raise n or lower of.")
 
     def init(self, plan: Plan) -> Walks:
+        if self.of is not None:
+            affordable(plan, self.of * plan.cost.sum(1), self.of, f"group of {self.of} walks")
         return Walks.start(plan, self.n)
 
     def ask(self, state: Walks, room: int) -> Rollouts:

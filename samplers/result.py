@@ -276,7 +276,8 @@ def _held_out(
     """[K] float64 of items that are paid for already: whatever happens here, they are not lost."""
     parts = [torch.empty(0, dtype=torch.float64)]
     try:
-        for c in torch.arange(len(ids)).split(engine.settings.batch):
+        for start in range(0, len(ids), engine.settings.batch):
+            c = torch.arange(start, min(start + engine.settings.batch, len(ids)))
             items = decode(engine, ids[c], finished[c])
             parts.append(
                 call_reward(reward, items, [prompts[k] for k in c.tolist()], "fail").reward

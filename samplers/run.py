@@ -97,7 +97,7 @@ def sample(
     quiet = (~model.process.stochastic).nonzero()[:, 0].tolist()
     if guidance is not None and quiet:
         warnings.warn(
-            f"guidance is off at steps {', '.join(map(str, quiet))}, which draw no noise.",
+            f"guidance is off at steps {', '.join(map(str, quiet))}, where no noise is drawn.",
             stacklevel=2,
         )
     book = None

@@ -183,6 +183,8 @@ def test_a_held_out_reward_that_fails_loses_nothing():
     assert run.also["wrong"].isnan().all()
     assert run.also["broken"].isnan().all()
     assert torch.equal(run.also["first"], run.rewards)
+    nothing = sample(brownian(), lambda x, p: [None] * len(p), BestOfN(5), also=[first], **QUIET)
+    assert nothing.also["first"].shape == (0,)
 
 
 def test_a_denoiser_of_another_shape_is_told():
