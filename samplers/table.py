@@ -147,19 +147,17 @@ def distances(features: Tensor, counts: Tensor, target: Reference | None, extrac
     if int(counts.sum()) < 2:
         return found
     draws = features.repeat_interleave(counts, 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # how many items there are stands in the same row
-        if (features != features[0]).any():
-            mine = Moments.of(draws)
-        else:  # one item, however often: far from any law that varies, but a distance
-            width = features.shape[1]
-            mine = Moments(features[0].double(), torch.zeros(width, width).double(), len(draws))
+    if (features != features[0]).any():
+        mine = Moments.of(draws)
+        found["diversity"] = float(diversity(draws, extractor=extractor))
+    else:  # one item, however often: far from any law that varies, but a distance
+        width = features.shape[1]
+        mine = Moments(features[0].double(), torch.zeros(width, width).double(), len(draws))
         found["diversity"] = 0.0
-        if (features != features[0]).any():
-            found["diversity"] = float(diversity(draws, extractor=extractor))
-        if target is not None:
-            found["frechet"] = float(frechet(mine, target.moments, extractor=extractor))
     if target is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # how many items there are stands in the same row
+            found["frechet"] = float(frechet(mine, target.moments, extractor=extractor))
         pair = len(features) > 1
         value = mmd(
             features if pair else draws[:2],

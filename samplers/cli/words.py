@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import samplers
 from search.widen import Widening
 from steering import rewards, zoo
+from steering.metrics.extractors import own_function
 
 _SAMPLERS = {
     "ancestral": samplers.Ancestral,
@@ -87,12 +86,7 @@ def _one_reward(text: str, device: str) -> Any:
             f"no reward {text!r}: give classifier:CLASSES, pair:CLASSES, jpeg[:QUALITY] or "
             "MODULE:FUNCTION of your own."
         )
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a module in the folder the command was given in
-    found = getattr(importlib.import_module(name), rest, None)
-    if not callable(found):
-        raise ValueError(f"module {name} has no function {rest}.")
-    return found
+    return own_function(name, rest)
 
 
 def sampler_help() -> str:

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,12 +59,22 @@ def extractor(name: str, device: str | torch.device = "cpu") -> Extractor:
     if not rest:
         known = ", ".join(_BUILDERS)
         raise ValueError(f"extractor={name!r} is unknown: give one of {known}, or MODULE:FUNCTION.")
+    return Extractor(name, own_function(kind, rest))
+
+
+def own_function(module: str, name: str) -> Callable[..., Any]:
+    """A user's function, from a module that can be imported from the current folder too.
+
+    Raises:
+        ValueError: the module has no such function.
+        ImportError: there is no such module.
+    """
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module in the folder the command was given in
-    function: Any = getattr(importlib.import_module(kind), rest, None)
+    function = getattr(importlib.import_module(module), name, None)
     if not callable(function):
-        raise ValueError(f"extractor={name!r}: module {kind} has no function {rest}.")
-    return Extractor(name, cast(Any, function))
+        raise ValueError(f"module {module} has no function {name}.")
+    return function
 
 
 def _mnist(rest: str, device: torch.device) -> Callable[[Tensor], Tensor]:
