@@ -28,6 +28,7 @@ DIFFUSION = ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LCM", "TCD
 EXPLODING = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete")
 SOLVERS = ("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep")
 FLOWS = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")
+HIGHER_ORDER = ("PNDM", "HeunDiscrete", "LMSDiscrete", *SOLVERS, FLOWS[1])
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "epsilon",
     "v_prediction": "v_prediction",
@@ -67,6 +68,16 @@ def read_scheduler(
     Warns:
         UserWarning: a solver of higher order; its grid is run with the first-order kernel.
     """
+    name = check_scheduler(scheduler)
+    return read_grid(_on_grid(scheduler, name, steps, mu), shape, eta=eta)
+
+
+def check_scheduler(scheduler: Any) -> str:
+    """The short name of a scheduler whose tables can be read.
+
+    Raises:
+        ValueError: a scheduler or a setting of it that is not honoured, by name.
+    """
     name = type(scheduler).__name__.removesuffix("Scheduler")
     if name not in SUPPORTED or not type(scheduler).__module__.startswith("diffusers."):
         raise ValueError(
@@ -74,20 +85,26 @@ def read_scheduler(
             f"{', '.join(SUPPORTED)} (as {{}}Scheduler), for example "
             "DDIMScheduler.from_config(pipe.scheduler.config)."
         )
-    config = scheduler.config
-    _refuse_unknown_settings(name, config)
-    fresh = _on_grid(scheduler, name, steps, mu)
+    _refuse_unknown_settings(name, scheduler.config)
+    return name
+
+
+def read_grid(
+    scheduler: Any, shape: tuple[int, ...], *, eta: float | None = None
+) -> tuple[GaussianProcess, Prediction]:
+    """`read_scheduler` of a scheduler that passed `check_scheduler` and has its grid set."""
+    name, config = type(scheduler).__name__.removesuffix("Scheduler"), scheduler.config
     if name in DIFFUSION:
-        process = _diffusion(fresh, name, shape, eta)
+        process = _diffusion(scheduler, name, shape, eta)
     else:
-        process = _from_sigmas(fresh, name, shape, eta)
+        process = _from_sigmas(scheduler, name, shape, eta)
     first_order = name.startswith("DPMSolver") and config.solver_order == 1
-    if not first_order and name in ("PNDM", "HeunDiscrete", "LMSDiscrete", *SOLVERS, FLOWS[1]):
+    if not first_order and name in HIGHER_ORDER:
         kernel = "Euler" if name in FLOWS else "DDIM"
         warnings.warn(
             f"{type(scheduler).__name__} is a solver of higher order: its grid is run with the "
             f"first-order {kernel} kernel (eta={1.0 if eta is None else eta}).",
-            stacklevel=4,
+            stacklevel=5,
         )
     return process, _prediction(config, name)
 
