@@ -139,6 +139,7 @@ class Model:
         prompts: R entries, what each condition asks for, handed to rewards; (None,) is nothing.
         device: where states live.
         name: for records and error messages.
+        about: how the pipeline is used, for people.
     """
 
     denoiser: Denoiser
@@ -147,6 +148,13 @@ class Model:
     prompts: tuple[Any, ...] = (None,)
     device: torch.device = torch.device("cpu")
     name: str = "model"
+    about: str = ""
+
+    def __str__(self) -> str:
+        """What is steered, and how."""
+        count = "" if self.prompts == (None,) else f", {len(self.prompts)} conditions"
+        about = f": {self.about}" if self.about else ""
+        return f"{self.name}, {self.process.steps} steps{count} on {self.device}{about}"
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str):

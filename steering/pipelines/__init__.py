@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 from steering.core import Model
-from steering.pipelines.request import Request, as_tuple
+from steering.pipelines import driven
+from steering.pipelines.request import NotNativeError, Request, as_tuple
 
 __all__ = ["from_pipeline"]
 
@@ -30,46 +32,38 @@ def from_pipeline(
     width: int | None = None,
     negative_prompts: Sequence[Any] | None = None,
     guidance_scale: float | Sequence[float] | None = None,
+    call: Mapping[str, Any] | None = None,
+    route: Literal["native", "driven"] | None = None,
 ) -> Model:
     """The model that a diffusers pipeline holds: its network, its chain, its decoder.
 
-    Every prompt is encoded once, into a row of a table that walks refer to. The pipeline is left as
-    it was found. Its safety checker is not run.
+    Any pipeline with one loop over one scheduler is *driven*: its own `__call__` is asked for one
+    step at a time, so its ControlNets, adapters, quantised or offloaded networks and guidance are
+    what they are. At opening it is tested against itself, and refused by name where it fails. A few
+    families also have a *native* adapter, which calls the network itself: a shared forward for
+    gradients, less time a call. The pipeline is left as it was found.
+
+    Every prompt is encoded once, into a row of a table that walks refer to.
 
     Args:
-        pipe: a DDPM, DDIM, Stable Diffusion 1.x/2.x or Stable Diffusion 3 pipeline.
-        prompts: texts, or class labels for a class-conditional pixel model; R of them. None for
+        pipe: a diffusers pipeline.
+        prompts: texts, or class labels for a class-conditional model; R of them. None for
             unconditional models.
-        steps: T, on the grid of the pipeline's own scheduler.
+        steps: T, on the grid that the pipeline sets on its own scheduler.
         eta: share of new noise in each step, 0..1; 0 is the pipeline's deterministic chain. None:
             the scheduler's own stochastic kernel where it has one (DDPM, LCM, TCD), else 1, because
             a chain without noise has nothing to branch on.
         height, width: in pixels; the pipeline's own when None.
         negative_prompts: one per prompt; empty texts when None. For class labels, the null class.
-        guidance_scale: one number, or one per prompt; the pipeline's default when None. Rows at
-            1 or below cost one network row, the others two.
+        guidance_scale: one number, or one per prompt; the pipeline's default when None. Natively,
+            rows at 1 or below cost one network row, the others two.
+        call: further arguments of the pipeline's own call, `{"control_image": image}`; driven.
+        route: "native" or "driven"; None is native where that serves this pipeline. `print(model)`
+            says which it is, and why.
 
     Raises:
         ValueError: a pipeline, scheduler or argument that is not supported, by name.
     """
-    # a subclass that runs its family's own loop is of that family; one with its own loop is not
-    owner = next(c for c in type(pipe).__mro__ if "__call__" in vars(c) or c is object)
-    family = FAMILIES.get(owner.__name__)
-    if family is None or not owner.__module__.startswith("diffusers."):
-        raise ValueError(
-            f"pipe is a {type(pipe).__name__}, which is not supported: give one of "
-            f"{', '.join(FAMILIES)}, or put a steering.Model together by hand."
-        )
-    hooked = [name for name, part in pipe.components.items() if hasattr(part, "_hf_hook")]
-    if hooked:
-        raise ValueError(
-            f"pipe has {', '.join(hooked)} under offload hooks, which is not supported: networks "
-            "would move while they are used. Call pipe.remove_all_hooks() and pipe.to(device)."
-        )
-    if isinstance(guidance_scale, (int, float, Real)):
-        guidance_scale = float(guidance_scale)
-    elif guidance_scale is not None:
-        guidance_scale = as_tuple("guidance_scale", guidance_scale)
     request = Request(
         steps,
         eta,
@@ -77,6 +71,41 @@ def from_pipeline(
         width,
         as_tuple("prompts", prompts),
         as_tuple("negative_prompts", negative_prompts),
-        guidance_scale,
+        _scales(guidance_scale),
+        call,
     )
-    return import_module(f"{__name__}.{family}").build(pipe, request)
+    if route not in (None, "native", "driven"):
+        raise ValueError(f"route={route!r} is unknown: give 'native', 'driven' or None.")
+    if not hasattr(pipe, "components"):
+        raise ValueError(f"pipe is a {type(pipe).__name__}, no diffusers pipeline.")
+    if route == "driven":
+        return driven.build(pipe, request)
+    try:
+        family = _family(pipe, request)
+        model = import_module(f"{__name__}.{family}").build(pipe, request)
+        return replace(model, about=f"native ({family})")
+    except NotNativeError as error:
+        if route == "native":
+            raise
+        model = driven.build(pipe, request)
+        return replace(model, about=f"{model.about}; {error}")
+
+
+def _family(pipe: Any, request: Request) -> str:
+    """The native family that serves a pipeline and a request; NotNativeError if none does."""
+    # a subclass that runs its family's own loop is of that family; one with its own loop is not
+    owner = next(c for c in type(pipe).__mro__ if "__call__" in vars(c) or c is object)
+    if owner.__name__ not in FAMILIES or not owner.__module__.startswith("diffusers."):
+        raise NotNativeError(f"{type(pipe).__name__} has no native adapter")
+    if request.call:
+        raise NotNativeError(f"native adapters take no {', '.join(request.call)}")
+    hooked = [name for name, part in pipe.components.items() if hasattr(part, "_hf_hook")]
+    if hooked:
+        raise NotNativeError(f"{', '.join(hooked)} are under offload hooks")
+    return FAMILIES[owner.__name__]
+
+
+def _scales(guidance_scale: Any) -> float | tuple[float, ...] | None:
+    if isinstance(guidance_scale, (int, float, Real)):
+        return float(guidance_scale)
+    return None if guidance_scale is None else as_tuple("guidance_scale", guidance_scale)

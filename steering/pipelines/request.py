@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _LOOKED_AT = 16  # numbers of each weight that a fingerprint rests on
+
+
+class NotNativeError(ValueError):
+    """A pipeline or a request that a native adapter does not serve, though driving it may."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Request:
     prompts: tuple[Any, ...] | None
     negative_prompts: tuple[Any, ...] | None
     guidance_scale: float | tuple[float, ...] | None
+    call: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.eta is not None and not isinstance(self.eta, (int, float)):
@@ -91,14 +96,24 @@ class Request:
 
 def _fingerprint(pipe: Any) -> str:
     """Eight hexadecimal digits of a few numbers from every weight, and of the scheduler."""
-    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     some = [
         p.detach().flatten()[:: max(1, p.numel() // _LOOKED_AT)].to("cpu", torch.float64)
+        for network in networks(pipe).values()
         for p in network.parameters()
     ]
     config = sorted(c for c in pipe.scheduler.config.items() if not c[0].startswith("_"))
     told = repr((type(pipe.scheduler).__name__, config)).encode()
     return hashlib.blake2b(told + torch.cat(some).numpy().tobytes(), digest_size=4).hexdigest()
+
+
+def networks(pipe: Any) -> dict[str, nn.Module]:
+    """What runs inside a pipeline's loop: all but what encodes prompts and images or decodes."""
+    outside = ("vae", "vqvae", "text_encoder", "image_encoder", "safety_checker")
+    return {
+        name: part
+        for name, part in pipe.components.items()
+        if isinstance(part, nn.Module) and not name.startswith(outside)
+    }
 
 
 def as_tuple(name: str, values: Sequence[Any] | None) -> tuple[Any, ...] | None:

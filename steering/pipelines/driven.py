@@ -1,0 +1,220 @@
+"""Any diffusers pipeline as a model: driven unmodified, one step of its own loop at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.core import Model
+from steering.gaussian import ToClean
+from steering.pipelines.inputs import Inputs
+from steering.pipelines.latent import PIXELS_AT_ONCE
+from steering.pipelines.opening import CannotDriveError, Grid, Opening
+from steering.pipelines.oracle import NotSeenError, Oracle
+from steering.pipelines.request import Request
+from steering.pipelines.schedulers import check_scheduler, read_grid
+
+
+def build(pipe: Any, request: Request) -> Model:
+    """The pipeline as a model, after it has passed its tests (`Opening`).
+
+    Raises:
+        CannotDriveError: it has not; says which.
+        ValueError: an argument or a scheduler that is not supported.
+    """
+    if not hasattr(pipe, "scheduler"):
+        raise CannotDriveError(f"{type(pipe).__name__} cannot be driven: it has no scheduler.")
+    check_scheduler(pipe.scheduler)
+    oracle = Oracle(pipe, Inputs.of(pipe, request))
+    try:
+        return _opened(oracle, request)
+    except CannotDriveError as error:
+        raise CannotDriveError(f"{type(pipe).__name__} cannot be driven: {error}.") from error
+
+
+def _opened(oracle: Oracle, request: Request) -> Model:
+    conditions = range(1 if request.prompts is None else len(request.prompts))
+    try:
+        look = [oracle.encode(r) for r in conditions]
+        first, scheduler = oracle.open(0)
+    except NotSeenError:
+        raise CannotDriveError(
+            "it starts from a noised image, and only what starts from noise is supported (give "
+            "call={'strength': 1.0} where an image is to be replaced)"
+        ) from None
+    except Exception as error:
+        raise CannotDriveError(f"its first step failed, {type(error).__name__}: {error}") from error
+    if first.output.shape != first.sample.shape:
+        raise CannotDriveError(
+            f"its network puts out {tuple(first.output.shape)} for states of shape "
+            f"{tuple(first.sample.shape)}, as with a learned variance"
+        )
+    process, prediction = read_grid(scheduler, tuple(first.sample.shape[1:]), eta=request.eta)
+    grid = Grid.of(scheduler, process)
+    process = process.to(first.sample.device)
+    opening = Opening.of(oracle, grid, first, process.prior_std)
+    opening.replay()
+    # what is asked for in `call` may hold at some steps only
+    steps = range(process.steps) if request.call else {0, process.steps // 2, process.steps - 1}
+    alone = opening.alone(sorted(steps))
+    batches = opening.batches([0, 0])
+    mates = [r for r in conditions if r and look[r] == look[0]]
+    if batches and mates and not opening.batches([0, mates[-1]]):
+        look = list(conditions)  # no two conditions in one call
+    scales = [oracle.inputs.scale(r) for r in conditions]
+    denoiser = DrivenDenoiser(
+        oracle,
+        ToClean(process, prediction),
+        grid,
+        first.sample.dtype,
+        tuple(zip(look, scales, strict=True)),
+        opening.cost(alone, scales),
+        batches,
+        batches and opening.mixes(alone),
+    )
+    decoder = DrivenDecoder.of(oracle, opening.x[:1])
+    return Model(
+        denoiser,
+        process,
+        decoder,
+        prompts=request.prompts or (None,),
+        device=first.sample.device,
+        name=request.describe(oracle.pipe),
+        about=_about(oracle, denoiser, decoder),
+    )
+
+
+def _about(oracle: Oracle, denoiser: DrivenDenoiser, decoder: DrivenDecoder) -> str:
+    """What the tests found, in a line."""
+    kept_apart = {
+        "conditions": denoiser.batches and len(set(denoiser.kind)) > 1,
+        "steps": denoiser.batches and not denoiser.mixes,
+        "states": not denoiser.batches,
+    }
+    apart = [what for what, is_so in kept_apart.items() if is_so]
+    return ", ".join(
+        [
+            "driven, states " + ("in place of its noise" if oracle.injected else "as latents="),
+            "one call for all"
+            if not apart
+            else f"a call each for {' and '.join(apart)} that differ",
+            "decoded by its own tail" + (", one network call each" if decoder.turns else ""),
+        ]
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class DrivenDenoiser:
+    """Guesses the clean end by asking a pipeline.
+
+    Args:
+        oracle: the pipeline.
+        to_clean: turns its output into a clean guess.
+        grid: its own.
+        dtype: of its states.
+        kind: [R] conditions that may share a call have the same.
+        cost: [R, T] int64 network rows of one state.
+        batches: may a call hold more than one state?
+        mixes: may they be at different steps?
+    """
+
+    oracle: Oracle
+    to_clean: ToClean
+    grid: Grid
+    dtype: torch.dtype
+    kind: tuple[Any, ...]
+    cost: Tensor
+    batches: bool
+    mixes: bool
+
+    def rows(self, t: Tensor, row: Tensor) -> Tensor:
+        return self.cost[row, self._steps(t)]
+
+    def __call__(self, x: Tensor, t: Tensor, row: Tensor) -> Tensor:
+        steps, rows = self._steps(t), row.tolist()
+        scale = self.grid.scale[steps].to(x.device).view(-1, *[1] * (x.dim() - 1))
+        states, steps = (x * scale).to(self.dtype), steps.tolist()
+        calls: dict[Any, list[int]] = defaultdict(list)
+        for k, (i, r) in enumerate(zip(steps, rows, strict=True)):
+            calls[self.kind[r], 0 if self.mixes else i, 0 if self.batches else k].append(k)
+        outputs = [
+            self._ask(states[places], [rows[k] for k in places], [steps[k] for k in places])
+            for places in calls.values()
+        ]
+        order = torch.tensor([k for places in calls.values() for k in places], device=x.device)
+        return self.to_clean(torch.cat(outputs)[order.argsort()], x, t)
+
+    def _ask(self, x: Tensor, rows: list[int], steps: list[int]) -> Tensor:
+        step = self.oracle.query(x, rows, self.grid.at(steps))
+        planned = int(self.cost[rows, steps].sum())
+        if step.rows != planned:
+            raise RuntimeError(
+                f"the pipeline's network took {step.rows} rows at steps {sorted(set(steps))} where "
+                f"{planned} were planned: what it costs depends on the state."
+            )
+        return step.output.float()
+
+    def _steps(self, t: Tensor) -> Tensor:
+        """[N] steps, on the CPU, of network times t [N]."""
+        times, order = self.to_clean.process.times.sort()
+        return order[torch.searchsorted(times, t.to(times))].cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class DrivenDecoder:
+    """Images or clips of clean states by the pipeline's own tail, a few at a time, in [0, 1].
+
+    A state that is not finite becomes nan as a whole. Differentiable. What the pipeline does behind
+    its autoencoder, such as checking for safety, is done.
+
+    Args:
+        oracle: the pipeline.
+        dtype: of its states.
+        turns: its loop turns once, in vain, because it cannot be left out.
+        at_once: states in one call.
+    """
+
+    oracle: Oracle
+    dtype: torch.dtype
+    turns: bool
+    at_once: int
+
+    @staticmethod
+    def of(oracle: Oracle, x: Tensor) -> DrivenDecoder:
+        """A decoder that works for states like x [1, *D].
+
+        Raises:
+            CannotDriveError: there is none.
+        """
+        error: Exception | None = None
+        for turns in (False, True):
+            try:
+                item = items_of(oracle.decode(x, 0, turns=turns))
+            except Exception as failure:
+                error = failure
+                continue
+            pixels = item[0, 0].numel() * (item.shape[1] if item.dim() == 5 else 1)
+            return DrivenDecoder(oracle, x.dtype, turns, max(1, PIXELS_AT_ONCE // pixels))
+        raise CannotDriveError(f"it does not decode, {type(error).__name__}: {error}") from error
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images [N, C, H, W] or clips [N, F, C, H, W] float32 of clean states x [N, *D]."""
+        parts = x.to(self.dtype).split(self.at_once)
+        items = torch.cat([items_of(self.oracle.decode(p, 0, turns=self.turns)) for p in parts])
+        finite = x.flatten(1).isfinite().all(1).view(-1, *[1] * (items.dim() - 1))
+        return torch.where(finite, items, torch.nan)
+
+
+def items_of(found: Any) -> Tensor:
+    """What pipelines put out for output_type="pt": [N, C, H, W] or [N, F, C, H, W] float32."""
+    if isinstance(found, list):
+        found = torch.stack(found)
+    if not isinstance(found, Tensor):
+        found = torch.as_tensor(found).movedim(-1, -3)  # arrays have channels last
+    if found.dim() not in (4, 5):
+        raise CannotDriveError(f"it puts out items of shape {tuple(found.shape)}")
+    return found.float()

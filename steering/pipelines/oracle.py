@@ -1,0 +1,219 @@
+"""An unmodified diffusers pipeline as a function: what its network says of a state at a step.
+
+`pipe.__call__` runs up to the first `scheduler.step`, which is shown the network's output, guidance
+of every kind applied, and the state that it was made from, and which ends the call. The grid that
+the pipeline has set is replaced by copies of one time, so the first step can be any. With an empty
+grid only the tail runs: the pipeline's own decoding. Instance attributes of the pipeline are put
+back after every call, also after an exception.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.pipelines.conditional import evaluating
+from steering.pipelines.encodings import Encodings
+from steering.pipelines.request import networks
+from steering.pipelines.visit import At, Captured, Step, Visit, counted, driven, enumerate_grid
+
+# loops look `enumerate` and `randn_tensor` up in their module, which all pipelines of it share
+_ALONE = threading.RLock()
+
+
+class NotSeenError(Exception):
+    """The pipeline does not hand the state it is given to its network as it is."""
+
+
+class Oracle:
+    """A pipeline, held by its scheduler.
+
+    States are as the pipeline's own `step` sees them. They are handed over as `latents=`, or, with
+    `injected`, in place of the noise that the pipeline draws, which it may pack: `inject` finds out
+    how.
+
+    Args:
+        pipe: a pipeline that steps one scheduler in one loop.
+        inputs: conditions [N] int -> arguments of `pipe.__call__`, but for the states.
+    """
+
+    def __init__(self, pipe: Any, inputs: Callable[[Sequence[int]], Mapping[str, Any]]) -> None:
+        self.pipe, self.inputs = pipe, inputs
+        self.injected = "latents" not in inspect.signature(type(pipe).__call__).parameters
+        self.scheduler = copy.deepcopy(pipe.scheduler)
+        if "skip_prk_steps" in self.scheduler.config:  # its warm-up stages are no steps of a chain
+            self.scheduler.register_to_config(skip_prk_steps=True)
+        self._base = type(pipe.scheduler)
+        self.scheduler.__class__ = driven(self._base)
+        self._encodings = Encodings()
+        self._networks = networks(pipe)
+        self._stand_ins = {
+            name: counted(net, _counts(name), lambda: self.scheduler.visit)
+            for name, net in self._networks.items()
+        }
+        owners = [
+            c for c in type(pipe).__mro__ if "__call__" in vars(c) or ".pipelines." in c.__module__
+        ]
+        self._modules = list(
+            {id(m): m for m in (sys.modules[c.__module__] for c in owners)}.values()
+        )
+        self._natural: tuple[int, ...] | None = None  # shape of one state where noise is drawn
+        self._order: Tensor | None = None  # entry of a state that each of its entries is taken from
+
+    # --- what can be asked ---------------------------------------------------------------------
+
+    def encode(self, row: int) -> tuple:
+        """Encode a condition, once; shapes of its embeddings: conditions that share them can share
+        a call."""
+        self._run(Visit(encode=True), [row])
+        return self._encodings.signature(row)
+
+    def open(self, row: int) -> tuple[Step, Any]:
+        """The pipeline's own first step, which shows the shape of a state, and its scheduler as it
+        has set it.
+
+        Raises:
+            NotSeenError: it starts from an image that it has noised.
+        """
+        visit = Visit()
+        self._run(visit, [row])
+        shapes = [shape[1:] for shape in visit.drawn if shape[0] == 1 and len(shape) > 2]
+        self._natural = shapes[0] if shapes else None
+        scheduler = copy.copy(self.scheduler)
+        scheduler.__class__ = self._base
+        first = visit.seen[0]
+        begins = float(torch.as_tensor(first.time).reshape(-1)[0])
+        if visit.noised_image or begins != float(scheduler.timesteps[0]):
+            raise NotSeenError
+        return first, scheduler
+
+    def native(self, x: Tensor, rows: Sequence[int], steps: int) -> list[tuple[Step, Tensor]]:
+        """The pipeline's own first steps from states x [N, *D], and what each made of them."""
+        visit = Visit(steps=steps)
+        self._run(visit, rows, x)
+        return list(zip(visit.seen, visit.made, strict=True))
+
+    def query(self, x: Tensor, rows: Sequence[int], at: At) -> Step:
+        """What the network says of states x [N, *D] of conditions `rows` at `at`.
+
+        Raises:
+            NotSeenError: the state that it speaks of is another one.
+        """
+        visit = Visit(at=at)
+        self._run(visit, rows, x)
+        step = visit.seen[0]
+        if step.sample.shape != x.shape or not torch.equal(step.sample.detach(), x.detach()):
+            raise NotSeenError
+        return step
+
+    def decode(self, x: Tensor, row: int, *, turns: bool) -> Any:
+        """What the pipeline puts out for clean states x [N, *D], in [0, 1].
+
+        `turns` lets its loop turn once, for nothing, where it cannot do without.
+        """
+        visit = Visit(tail=x, turns=turns)
+        return self._run(visit, [row] * len(x), x, output_type="pt", return_dict=False)[0]
+
+    def inject(self, x: Tensor, row: int) -> None:
+        """From now on, hand states over in place of the pipeline's noise; x [1, *D] is one of them.
+
+        Raises:
+            NotSeenError: what it makes of its noise is not that noise in another order.
+        """
+        if self._natural is None or x[0].numel() != torch.Size(self._natural).numel():
+            raise NotSeenError
+        size, order = x[0].numel(), torch.zeros(x.shape, dtype=torch.int64)
+        for digit in range(3):  # whole numbers below 256 are exact in every float format
+            digits = torch.arange(size).div(256**digit, rounding_mode="floor") % 256
+            visit = Visit(start=digits.to(x).view(1, *self._natural))
+            self._run(visit, [row])
+            order += visit.seen[0].sample.round().long().cpu() * 256**digit
+        if not torch.equal(order.flatten().sort().values, torch.arange(size)):
+            raise NotSeenError
+        self.injected, self._order = True, order.flatten().argsort().to(x.device)
+
+    # --- one call ------------------------------------------------------------------------------
+
+    def _run(self, visit: Visit, rows: Sequence[int], x: Tensor | None = None, **more: Any) -> Any:
+        inputs = {**self.inputs(rows), **more}
+        if x is not None and self.injected:
+            shown = x if self._order is None else x.flatten(1)[:, self._order]
+            visit.start = shown.reshape(len(x), *(self._natural or x.shape[1:]))
+        elif x is not None:
+            inputs["latents"] = x
+        call = type(self.pipe).__call__
+        call = getattr(call, "__wrapped__", call)  # diffusers turns gradients off around it
+        with torch.set_grad_enabled(x is not None and x.requires_grad), self._held(visit, rows):
+            try:
+                return call(self.pipe, **inputs)
+            except Captured:
+                return None
+
+    @contextmanager
+    def _held(self, visit: Visit, rows: Sequence[int]) -> Iterator[None]:
+        """The pipeline with our scheduler and stand-ins in place; as it was, afterwards."""
+        attributes = vars(self.pipe)
+        found = dict(attributes)
+        with _ALONE, _random_numbers_aside(), evaluating(*self._networks.values()):
+            undo = [_shadow(module, visit) for module in self._modules]
+            self.scheduler.visit = visit
+            try:
+                attributes.update(self._stand_ins)
+                attributes["scheduler"] = self.scheduler
+                attributes["_progress_bar_config"] = {"disable": True}
+                if hasattr(self.pipe, "encode_prompt"):
+                    encode = self.pipe.encode_prompt
+                    attributes["encode_prompt"] = self._encodings.of(encode, rows)
+                yield
+            finally:
+                attributes.clear()
+                attributes.update(found)
+                for restore in undo:
+                    restore()
+                del self.scheduler.visit
+
+
+def _counts(name: str) -> bool:
+    """Is a call of this component a call of the network that compute is counted in?"""
+    return "controlnet" not in name and "adapter" not in name
+
+
+def _shadow(module: Any, visit: Visit) -> Callable[[], None]:
+    """Put our `enumerate`, and our `randn_tensor` if it draws, into a module; how to undo it."""
+    names = vars(module)
+    shadows: dict[str, Any] = {"enumerate": enumerate_grid}
+    if "randn_tensor" in names:
+        shadows["randn_tensor"] = partial(visit.noise, names["randn_tensor"])
+    before = {name: names[name] for name in shadows if name in names}
+
+    def restore() -> None:
+        for name in shadows:
+            del names[name]
+        names.update(before)
+
+    names.update(shadows)
+    return restore
+
+
+@contextmanager
+def _random_numbers_aside() -> Iterator[None]:
+    """Global random numbers are the same in every call, and untouched afterwards.
+
+    Some pipelines draw from them what depends on no state, such as the code of a control image.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    with torch.random.fork_rng(devices=[] if device is None else [device]):
+        torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
+        if device is not None:
+            seeded = torch.Generator(f"cuda:{device}").manual_seed(0)
+            torch.cuda.set_rng_state(seeded.get_state(), device)
+        yield

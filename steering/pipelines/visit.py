@@ -1,0 +1,250 @@
+"""One call of a pipeline, watched and steered from inside its scheduler and its networks."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steering.pipelines.schedulers import EXPLODING
+
+
+class Captured(BaseException):
+    """Ends a pipeline's call; no `except Exception` of its own swallows it."""
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a call is on the pipeline's own grid: one step, or one for every row of the batch."""
+
+    time: Tensor  # scalar or [N], of the grid's own dtype
+    sigma: Tensor | None  # the same, where the scheduler has sigmas
+    index: int  # of the loop
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a pipeline handed to its scheduler's `step`."""
+
+    output: Tensor  # [N, *D] of the network, guided as the pipeline guides
+    sample: Tensor  # [N, *D] the state it was made from, as the pipeline holds it
+    time: Any  # as given to `step`
+    rows: int  # network rows that it took
+
+
+@dataclass
+class Visit:
+    """What one call is for, and what was seen in it.
+
+    Args:
+        at: ask for one step anywhere; None walks the pipeline's own grid.
+        steps: how many steps until the call is ended.
+        encode: end it as soon as the grid is set, which is after prompts are encoded.
+        tail: clean states to decode: the loop does not turn, or, with `turns`, turns once.
+        start: states that stand in for the pipeline's own noise.
+    """
+
+    at: At | None = None
+    steps: int = 1
+    encode: bool = False
+    tail: Tensor | None = None
+    turns: bool = False
+    start: Tensor | None = None
+    seen: list[Step] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)  # what the pipeline's own `step` returned
+    drawn: list[tuple[int, ...]] = field(default_factory=list)  # shapes of its noise
+    noised_image: bool = False  # did it noise an image to start from?
+    rows: int = 0
+
+    def grid_set(self, scheduler: Any) -> None:
+        """The pipeline has set its grid: leave it, or put copies of one time in its place."""
+        if self.encode:
+            raise Captured
+        times = scheduler.timesteps
+        if self.tail is not None:
+            turn = [times[-1]] if self.turns else []
+            scheduler.timesteps = times.as_subclass(_grid(turn, 0))
+        elif self.at is not None:
+            count, time = len(times), self.at.time.to(times)
+            each = time.as_subclass(PerRow) if time.dim() else time
+            # as long as the pipeline's own: slices and look-ups by the loop's index stay valid
+            copies = time.reshape(-1)[:1].repeat(count)
+            scheduler.timesteps = copies.as_subclass(_grid([each] * count, self.at.index))
+            if self.at.sigma is not None:
+                sigmas = scheduler.sigmas
+                level = self.at.sigma.to(sigmas).reshape(-1)[:1].repeat(count)
+                scheduler.sigmas = torch.cat([level, torch.zeros_like(sigmas[:1])])
+                scheduler._step_index = 0
+
+    def step(self, scheduler: Any, base: type, args: tuple, kwargs: dict) -> Any:
+        """The pipeline steps: take what it shows, and end the call when that is enough."""
+        if self.tail is not None:
+            return _Stepped(self.tail)
+        given = inspect.signature(base.step).bind(scheduler, *args, **kwargs).arguments
+        output, sample = plain(given["model_output"]), plain(given["sample"])
+        self.seen.append(Step(output, sample, given["timestep"], self.rows))
+        self.rows = 0
+        if self.at is not None:
+            raise Captured
+        stepped = base.step(scheduler, *args, **kwargs)
+        self.made.append(plain(stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample))
+        if len(self.seen) == self.steps:
+            raise Captured
+        return stepped
+
+    def noise(self, draw: Callable[..., Tensor], shape: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The pipeline draws noise: the first draw of a state's shape is where it starts."""
+        self.drawn.append(tuple(shape))
+        if self.start is not None and tuple(shape) == tuple(self.start.shape):
+            return self.start.to(kwargs.get("dtype") or self.start.dtype)
+        return draw(shape, *args, **kwargs)
+
+    def noised(self, original: Tensor) -> Tensor | None:
+        """The pipeline noises an image to start from: where it starts instead, if anywhere."""
+        self.noised_image = True
+        return None if self.start is None else self.start.to(original.dtype)
+
+
+def driven(base: type) -> type:
+    """A scheduler class that asks its instance's `visit` what to do, otherwise `base`.
+
+    Signatures are those of `base`: pipelines look at them.
+    """
+
+    @functools.wraps(base.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.set_timesteps(self, *args, **kwargs)
+        self.visit.grid_set(self)
+
+    @functools.wraps(base.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.visit.step(self, base, args, kwargs)
+
+    members: dict[str, Any] = {"set_timesteps": set_timesteps, "step": step, "visit": None}
+    # a start handed over is in the coordinates of `step`
+    members["init_noise_sigma"] = property(lambda self: 1.0, lambda self, value: None)
+    if base.__name__.removesuffix("Scheduler") in EXPLODING:
+
+        def scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            at = self.visit.at
+            if at is None or not at.sigma.dim():
+                return base.scale_model_input(self, sample, *args, **kwargs)
+            sigma = at.sigma.to(sample).repeat(len(sample) // len(at.sigma))
+            return sample / (sigma.view(-1, *[1] * (sample.dim() - 1)) ** 2 + 1) ** 0.5
+
+        members["scale_model_input"] = scale_model_input
+    for name in ("add_noise", "scale_noise"):
+        if hasattr(base, name):
+            members[name] = _noising(base, name)
+    return type(base.__name__, (base,), members)
+
+
+def _noising(base: type, name: str) -> Callable[..., Tensor]:
+    method = getattr(base, name)
+
+    @functools.wraps(method)
+    def noising(self: Any, original: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        start = self.visit.noised(original)
+        return method(self, original, *args, **kwargs) if start is None else start
+
+    return noising
+
+
+class PerRow(Tensor):
+    """Times [N] of the rows of a batch where a pipeline expects a scalar.
+
+    Expanding one to a multiple of N repeats it: guidance puts copies of a batch one after another.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.expand and args[0].dim() == 1:
+            size = args[1] if isinstance(args[1], int) else args[1][0]
+            times = plain(args[0])
+            return times.repeat(size // len(times)).as_subclass(PerRow)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class _Grid(Tensor):
+    """Times of a loop that yields `turns` instead, and counts them from `index`."""
+
+    turns: list[Tensor]
+    index: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.turns)
+
+
+def _grid(turns: list[Tensor], index: int) -> type[_Grid]:
+    # a class of its own, because slices of a tensor keep their class but no attributes
+    return type("Grid", (_Grid,), {"turns": turns, "index": index})
+
+
+def enumerate_grid(iterable: Any, start: int = 0) -> enumerate:
+    """`enumerate`, which counts a replaced grid from the index of the step asked for."""
+    grid = getattr(iterable, "iterable", iterable)  # under a progress bar
+    return builtins.enumerate(iterable, grid.index if isinstance(grid, _Grid) else start)
+
+
+def counted(net: nn.Module, count: bool, current: Callable[[], Visit]) -> nn.Module:
+    """A stand-in for a network of a pipeline: the same object in all but its call.
+
+    It adds the rows of each call to the current visit's and makes plain tensors of times, so that
+    the network runs on nothing it does not know. The network itself is called, with whatever hooks
+    and graphs it has.
+    """
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = _batch(args, kwargs)
+        if count:
+            current().rows += rows
+        args = tuple(_fitted(a, rows) for a in args)
+        return net(*args, **{name: _fitted(a, rows) for name, a in kwargs.items()})
+
+    kind = type(type(net).__name__, (type(net),), {"__call__": call})
+    stand_in = object.__new__(kind)
+    object.__setattr__(stand_in, "__dict__", vars(net))
+    return stand_in
+
+
+def plain(x: Tensor) -> Tensor:
+    """A tensor of no class of ours."""
+    return x.as_subclass(Tensor) if isinstance(x, (PerRow, _Grid)) else x
+
+
+def _batch(args: tuple, kwargs: dict) -> int:
+    """Rows of a network call: entries of its first argument that is a batch."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, list) and value and isinstance(value[0], Tensor):
+            return len(value)
+        if isinstance(value, Tensor) and value.dim() >= 3:
+            return len(value)
+    return 0
+
+
+def _fitted(value: Any, rows: int) -> Any:
+    if not isinstance(value, (PerRow, _Grid)):
+        return value
+    value = plain(value)
+    if value.dim() == 1 and rows and len(value) < rows and rows % len(value) == 0:
+        return value.repeat(rows // len(value))
+    return value
+
+
+class _Stepped(tuple):
+    """What a `step` returns, in every form that pipelines take apart."""
+
+    def __new__(cls, x: Tensor) -> _Stepped:
+        self = super().__new__(cls, (x, x))
+        self.prev_sample = self.denoised = self.pred_original_sample = x
+        return self
+
+    prev_sample: Tensor
+    denoised: Tensor
+    pred_original_sample: Tensor
