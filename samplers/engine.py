@@ -116,7 +116,8 @@ class Engine:
         self._way = torch.nn.functional.pad(plan.cost.cumsum(1), (1, 0)).tolist()
         flight = Flight(self.settings.batch, self.model)
         prompts = self.model.prompts
-        scorer = Scorer(self.model.decode, self.reward, prompts, self.settings.on_error)
+        hold, on_error = self.model.offloaded, self.settings.on_error
+        scorer = Scorer(self.model.decode, self.reward, prompts, on_error, hold)
         stop = _Stop()
         try:
             status = "done"
@@ -132,9 +133,10 @@ class Engine:
                 if flight.n:
                     self._step(sampler, state, flight, scorer)
                 waiting = time.monotonic()
-                finished = scorer.finished(wait=idle)
                 if idle:
-                    self.ledger.waited_seconds += time.monotonic() - waiting
+                    scorer.release()
+                finished = scorer.finished(wait=idle)
+                self.ledger.waited_seconds += time.monotonic() - waiting
                 for tag, scores in finished:
                     self._scored(sampler, state, tag, scores)
                     idle = False

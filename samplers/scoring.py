@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ OnError = Literal["fail", "raise"]
 # An item cannot make these happen, a mistake in the program can: they always end the run.
 _PROGRAMMING = (TypeError, NameError, AttributeError, ImportError, NotImplementedError)
 _NOT_FINITE = "a decoded item that is not finite"
+_HELD = 64  # states that wait for their reward at most, where they are held
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,41 @@ def _as_scores(value: Any, n: int, reward: Any) -> Tensor:
 
 
 class Scorer:
-    """Decodes and scores in a thread of its own while denoising goes on."""
+    """Decodes and scores in a thread of its own while denoising goes on.
+
+    With `hold`, nothing is decoded before `release`, which also waits for it: where networks share
+    a device by turns, going back and forth would move them each time.
+    """
 
     def __init__(
-        self, decode: Callable, reward: Any, prompts: Sequence[Any], on_error: OnError
+        self,
+        decode: Callable,
+        reward: Any,
+        prompts: Sequence[Any],
+        on_error: OnError,
+        hold: bool = False,
     ) -> None:
         self._decode, self._reward, self._prompts = decode, reward, prompts
         self._on_error: OnError = on_error
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward")
         self._jobs: list[tuple[Any, Future[Scores]]] = []
+        self._hold, self._held = hold, list[tuple[Any, Tensor, list[int]]]()
 
     def submit(self, tag: Any, x: Tensor, row: list[int]) -> None:
         """Score clean states x [N, *D] of conditions `row`; `tag` comes back with the answer."""
-        self._jobs.append((tag, self._pool.submit(self._run, x, row)))
+        if self._hold:
+            self._held.append((tag, x, row))
+            if sum(len(rows) for _, _, rows in self._held) >= _HELD:
+                self.release()
+        else:
+            self._jobs.append((tag, self._pool.submit(self._run, x, row)))
+
+    def release(self) -> None:
+        """Score what is held, and wait until that is done."""
+        held, self._held = self._held, []
+        self._jobs += [(tag, self._pool.submit(self._run, x, row)) for tag, x, row in held]
+        if held:
+            wait_for([job for _, job in self._jobs])
 
     def finished(self, wait: bool) -> list[tuple[Any, Scores]]:
         """Answers in the order of submission; waits for the first one if asked to."""
@@ -115,7 +139,12 @@ class Scorer:
         return answers
 
     def close(self, wait: bool = True) -> None:
-        """Start no other call, and wait for the one that is running: `finished` has its answer."""
+        """Start no other call, and wait for the one that is running: `finished` has its answer.
+
+        What was held is scored: its walks are paid for.
+        """
+        if wait:
+            self.release()
         self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def _run(self, x: Tensor, row: list[int]) -> Scores:

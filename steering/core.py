@@ -140,6 +140,8 @@ class Model:
         device: where states live.
         name: for records and error messages.
         about: how the pipeline is used, for people.
+        offloaded: do networks move to the device when they are called? Then states are decoded when
+            no walk is under way, all that wait at once, instead of beside the walks.
     """
 
     denoiser: Denoiser
@@ -149,6 +151,7 @@ class Model:
     device: torch.device = torch.device("cpu")
     name: str = "model"
     about: str = ""
+    offloaded: bool = False
 
     def __str__(self) -> str:
         """What is steered, and how."""

@@ -103,6 +103,74 @@ def test_running_out_of_memory_changes_nothing(limit):
     assert max(model.denoiser.rows_seen) <= limit
 
 
+@pytest.mark.parametrize("batch", [1, 4, 15])
+def test_a_call_is_never_filled_beyond_the_batch_asked_for(batch):
+    model = brownian()
+    run = sample(model, first, TreeSearch(branch="even"), nfe=400, batch=batch, **QUIET)
+    # the plan is told the price of a row by calls of their own, of no state
+    assert set(model.denoiser.rows_seen) == {batch}
+    assert run.nfe <= 400
+
+
+class Turns:
+    """A model whose networks share a device by turns: notes which of them was at work."""
+
+    def __init__(self, offloaded: bool) -> None:
+        self.log: list[str] = []
+        inner = brownian()
+        self.inner, self.rows = inner.denoiser, inner.denoiser.rows
+        self.model = replace(inner, denoiser=self, decode=self.decode, offloaded=offloaded)
+
+    def __call__(self, x: Tensor, t: Tensor, row: Tensor) -> Tensor:
+        self.log.append("denoise")
+        return self.inner(x, t, row)
+
+    def decode(self, x: Tensor) -> Tensor:
+        self.log.append("decode")
+        return x
+
+    def swaps(self) -> int:
+        return sum(a != b for a, b in zip(self.log, self.log[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    "sampler", [BestOfN(40), SMC(40), TreeSearch(branch="even", parallel=8, value="clean")]
+)
+def test_offloaded_networks_are_not_moved_to_and_fro_and_nothing_changes(sampler):
+    runs = [Turns(offloaded) for offloaded in (False, True)]
+    beside, apart = (
+        sample(turns.model, first, sampler, nfe=400, batch=8, draws=8, **QUIET) for turns in runs
+    )
+    assert torch.equal(beside.items, apart.items)
+    assert torch.equal(beside.spent.rows, apart.spent.rows)
+    # a search cannot ask on before it is told; others decode when all has been walked
+    rounds = {BestOfN: 1, SMC: 5}.get(type(sampler))
+    if rounds is not None:
+        assert runs[1].swaps() <= 2 * rounds
+    # never both: while a walk is under way, what has landed waits
+    assert runs[1].swaps() < runs[0].swaps()
+
+
+def test_an_interrupted_run_scores_what_it_held():
+    turns = Turns(offloaded=True)
+    kept: list[int] = []
+
+    def stop_late(engine):
+        kept.append(len(engine.store))
+        if len(kept) == 15:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    from samplers.core import Budget
+    from samplers.engine import Engine, Settings
+
+    sampler = BestOfN(500)
+    engine = Engine(turns.model, first, settings=Settings(8))
+    plan = engine.plan(1.0, 0, Budget(None, None, None))
+    state = sampler.init(plan)
+    assert engine.run(sampler, state, plan, watch=stop_late) == "interrupted"
+    assert len(sampler.result(state).id) == kept[-1] > 0
+
+
 def test_a_call_of_one_row_that_has_no_memory_is_an_error():
     with pytest.raises(torch.OutOfMemoryError):
         sample(brownian(limit=0), first, BestOfN(5), **QUIET)

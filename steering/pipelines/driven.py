@@ -85,6 +85,7 @@ def _opened(oracle: Oracle, request: Request) -> Model:
         device=first.sample.device,
         name=request.describe(oracle.pipe),
         about=_about(oracle, denoiser, decoder),
+        offloaded=any(hasattr(part, "_hf_hook") for part in oracle.pipe.components.values()),
     )
 
 
