@@ -16,8 +16,8 @@ class Network:
     """Counts what its denoiser is called for; `rows` [R, T] int64 is the price of every call.
 
     Networks are not bit-equal over batch sizes below 16, and compiled graphs want few shapes, so
-    a call is filled up to one of a few sizes with copies of its first row, never beyond `batch`,
-    which is what memory was said to hold. On a CPU, where a
+    a call is filled up to one of a few sizes with copies of its first row; not beyond `batch`, which
+    is what memory was said to hold, unless states are small and on a CPU. On a CPU, where a
     batch gains little and caches are small, a batch of images goes in several calls (32 images of
     28 x 28 at a time), never below 16 rows.
     """
@@ -48,12 +48,14 @@ class Network:
         """
         t = self._model.process.time(i)
         parts, done = [], 0
-        fits = max(16, _CPU_NUMBERS // x[0].numel()) if x.device.type == "cpu" else len(x)
+        on_cpu = x.device.type == "cpu"
+        fits = max(16, _CPU_NUMBERS // x[0].numel()) if on_cpu else len(x)
+        least = 16 if on_cpu and 16 * x[0].numel() <= _CPU_NUMBERS else 1  # rows that cost little
         fits = max((s for s in _SIZES if s <= fits), default=fits) if fits < len(x) else len(x)
         while done < len(x):
             size = min(len(x) - done, self._largest, self._memory, fits)
             full = next((s for s in _SIZES if s >= size), size)
-            full = min(full, self._largest, self._memory)
+            full = min(full, max(self._largest, least), self._memory)
             part = slice(done, done + size)
             filled = (_filled(v[part], full) for v in (x, t, row))
             try:
