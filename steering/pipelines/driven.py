@@ -14,7 +14,7 @@ from steering.gaussian import ToClean
 from steering.pipelines.inputs import Inputs
 from steering.pipelines.latent import PIXELS_AT_ONCE
 from steering.pipelines.opening import CannotDriveError, Grid, Opening
-from steering.pipelines.oracle import NotSeenError, Oracle
+from steering.pipelines.oracle import Oracle
 from steering.pipelines.request import Request
 from steering.pipelines.schedulers import check_scheduler, read_grid
 
@@ -40,20 +40,21 @@ def _opened(oracle: Oracle, request: Request) -> Model:
     conditions = range(1 if request.prompts is None else len(request.prompts))
     try:
         look = [oracle.encode(r) for r in conditions]
-        first, scheduler = oracle.open(0)
-    except NotSeenError:
-        raise CannotDriveError(
-            "it starts from a noised image, and only what starts from noise is supported (give "
-            "call={'strength': 1.0} where an image is to be replaced)"
-        ) from None
+        opened = oracle.open(0)
     except Exception as error:
         raise CannotDriveError(f"its first step failed, {type(error).__name__}: {error}") from error
+    first, scheduler = opened.first, opened.scheduler
     if first.output.shape != first.sample.shape:
         raise CannotDriveError(
             f"its network puts out {tuple(first.output.shape)} for states of shape "
             f"{tuple(first.sample.shape)}, as with a learned variance"
         )
     process, prediction = read_grid(scheduler, tuple(first.sample.shape[1:]), eta=request.eta)
+    if opened.cut or (opened.from_image and process.alpha[0] > 1e-6):
+        raise CannotDriveError(
+            "it starts from a noised image, and only what starts from noise is supported (where "
+            "that is what is wanted, give call={'strength': 1.0})"
+        )
     grid = Grid.of(scheduler, process)
     process = process.to(first.sample.device)
     opening = Opening.of(oracle, grid, first, process.prior_std)
@@ -62,6 +63,9 @@ def _opened(oracle: Oracle, request: Request) -> Model:
     steps = range(process.steps) if request.call else {0, process.steps // 2, process.steps - 1}
     alone = opening.alone(sorted(steps))
     batches = opening.batches([0, 0])
+    if not batches:  # some want an image of its own for every state
+        oracle.inputs.repeats = True
+        batches = opening.batches([0, 0])
     mates = [r for r in conditions if r and look[r] == look[0]]
     if batches and mates and not opening.batches([0, mates[-1]]):
         look = list(conditions)  # no two conditions in one call

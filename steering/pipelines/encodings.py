@@ -13,60 +13,74 @@ from torch import Tensor
 class Encodings:
     """What a pipeline's `encode_prompt` returned for each row, put together for any batch of them.
 
-    Every row is encoded by itself, as if it were run alone, so that its embeddings depend on no
-    other row and text encoders have no work left after the first call of a row. Names and
-    numbers of a family's embeddings play no part: a batch is the rows' tensors, one after another,
-    where a tensor has one entry for one row, and the first row's otherwise (token positions).
+    Every row is encoded by itself, as if it were run alone: its embeddings depend on no other row,
+    and text encoders have no work left after its first call. How a family names and shapes its
+    embeddings plays no part: which axis of each is the batch shows when one row is encoded twice in
+    one call.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[Any, Any]] = {}  # arguments stay alive: their ids stay theirs
-        self._by_row: dict[int, list[Any]] = {}
+        # arguments are kept with what they gave, so that their ids stay theirs
+        self._kept: dict[Any, tuple[Any, Any]] = {}
+        self._by_row: dict[int, dict[Any, Any]] = {}
 
     def of(self, encode: Callable[..., Any], rows: Sequence[int]) -> Callable[..., Any]:
         """A stand-in for `encode` while a batch of `rows` is run."""
-        parameters = inspect.signature(encode)
+        signature = inspect.signature(encode)
 
         def remembered(*args: Any, **kwargs: Any) -> Any:
-            arguments = parameters.bind(*args, **kwargs).arguments
-            return _together([self._one(encode, arguments, rows, k) for k in range(len(rows))])
+            given = signature.bind(*args, **kwargs).arguments
+            given |= given.pop("kwargs", {})
+            apart = [_of_place(given, k, len(rows)) for k in range(len(rows))]
+            ones = [self._encoded(encode, own) for own in apart]
+            for row, own, one in zip(rows, apart, ones, strict=True):
+                self._by_row.setdefault(row, {})[_key(own)] = one
+            if len(ones) == 1:
+                return ones[0]
+            twice = {name: _twice(given[name], own) for name, own in apart[0].items()}
+            return _together(ones, self._encoded(encode, twice))
 
         return remembered
 
-    def signature(self, row: int) -> tuple:
-        """Shapes of a row's embeddings: rows that share them fit into one batch."""
-        return tuple(_shapes(one) for one in self._by_row.get(row, []))
+    def shapes(self, row: int) -> tuple:
+        """Of a row's embeddings: rows that share them fit into one batch."""
+        return tuple(_shapes(one) for one in self._by_row.get(row, {}).values())
 
-    def _one(self, encode: Callable[..., Any], arguments: Any, rows: Sequence[int], k: int) -> Any:
-        """Embeddings of place `k`: lists with one entry per row are cut down to its own."""
-        own = {
-            name: [value[k]] if isinstance(value, list) and len(value) == len(rows) else value
-            for name, value in arguments.items()
-        }
-        named, star = dict(own), own.get("kwargs")
-        if isinstance(star, dict):
-            del named["kwargs"]
-            named |= star
-        key = tuple((name, _key(value)) for name, value in sorted(named.items()))
+    def _encoded(self, encode: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        key = _key(arguments)
         if key not in self._kept:
             with torch.no_grad():
-                self._kept[key] = encode(**named), named
-            self._by_row.setdefault(rows[k], []).append(self._kept[key][0])
+                self._kept[key] = encode(**arguments), arguments
         return self._kept[key][0]
 
 
-def _together(ones: list[Any]) -> Any:
-    """The embeddings of a batch, of those of its rows."""
-    first = ones[0]
-    if len(ones) == 1:
-        return first
-    if isinstance(first, Tensor):
-        return torch.cat(ones) if first.dim() and len(first) == 1 else first
-    if isinstance(first, (list, tuple)):
-        if isinstance(first, list) and len(first) == 1:  # one entry for one row
-            return [one[0] for one in ones]
-        return type(first)(_together(list(part)) for part in zip(*ones, strict=True))
-    return first
+def _of_place(given: dict[str, Any], k: int, count: int) -> dict[str, Any]:
+    """Arguments of one row of a batch: of lists with an entry for every row, its own."""
+    return {
+        name: [value[k]] if isinstance(value, list) and len(value) == count else value
+        for name, value in given.items()
+    }
+
+
+def _twice(whole: Any, own: Any) -> Any:
+    return own if own is whole else own * 2
+
+
+def _together(ones: list[Any], pair: Any) -> Any:
+    """The embeddings of a batch, of those of its rows, where two of the first row give `pair`."""
+    one = ones[0]
+    if isinstance(one, Tensor):
+        axes = [k for k in range(one.dim()) if pair.shape[k] == 2 * one.shape[k]]
+        if not axes:  # of no row in particular, such as positions of tokens
+            return one
+        # [n, ...] halves of one row, as guidance has them, become n blocks of all rows
+        return torch.stack(ones, axes[0] + 1).flatten(axes[0], axes[0] + 1)
+    if isinstance(one, list) and len(pair) == 2 * len(one):
+        return [own[k] for k in range(len(one)) for own in ones]
+    if isinstance(one, (list, tuple)):
+        parts = zip(zip(*ones, strict=True), pair, strict=True)
+        return type(one)(_together(list(part), both) for part, both in parts)
+    return one
 
 
 def _shapes(value: Any) -> Any:
@@ -79,6 +93,8 @@ def _shapes(value: Any) -> Any:
 
 def _key(value: Any) -> Any:
     """What tells arguments apart: texts and numbers by value, tensors and objects by identity."""
+    if isinstance(value, dict):
+        return tuple((name, _key(part)) for name, part in sorted(value.items()))
     if isinstance(value, (list, tuple)):
         return tuple(map(_key, value))
     if isinstance(value, Tensor):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from steering.pipelines.request import Request
 
@@ -29,7 +31,7 @@ _TAKEN = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inputs:
     """rows [N] int -> arguments of `pipe.__call__`, all but the states.
 
@@ -38,6 +40,7 @@ class Inputs:
         fixed: those that are the same in every call.
         prompts, negative_prompts, scales: [R], or None where nothing is handed over.
         device: where the pipeline runs.
+        repeats: are images handed over once for every state?
     """
 
     takes: frozenset[str]
@@ -46,6 +49,7 @@ class Inputs:
     negative_prompts: tuple[Any, ...] | None
     scales: tuple[float, ...] | None
     device: torch.device
+    repeats: bool = False
 
     @staticmethod
     def of(pipe: Any, request: Request) -> Inputs:
@@ -107,13 +111,23 @@ class Inputs:
             call["negative_prompt"] = [self.negative_prompts[r] for r in rows]
         if self.scales is not None:
             call["guidance_scale"] = self.scales[rows[0]]
-        if "generator" in self.takes:  # what depends on no state is drawn alike in every call
-            call["generator"] = torch.Generator(self.device).manual_seed(0)
+        if self.repeats:
+            call |= {name: _repeated(value, len(rows)) for name, value in self.fixed.items()}
+        if "generator" in self.takes:  # what depends on no state is drawn alike for all
+            call["generator"] = [torch.Generator(self.device).manual_seed(0) for _ in rows]
         return call
 
     def scale(self, row: int) -> float | None:
         """Its guidance scale, which all rows of one call share; None is the pipeline's own."""
         return None if self.scales is None else self.scales[row]
+
+
+def _repeated(value: Any, count: int) -> Any:
+    """An image, or a batch of one, `count` times; anything else as it is."""
+    if isinstance(value, Image.Image):
+        return [value] * count
+    one = isinstance(value, Tensor) and value.dim() == 4 and len(value) == 1
+    return value.expand(count, *value.shape[1:]) if one else value
 
 
 def _takes(pipe: Any) -> frozenset[str]:

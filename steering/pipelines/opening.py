@@ -87,14 +87,14 @@ class Opening:
         """
         try:
             own, again = self._own_and_asked()
-        except NotSeenError:
+        except Exception as refused:  # in whatever words it refuses a state of this shape
             try:
                 self.oracle.inject(self.x[:1], 0)
                 own, again = self._own_and_asked()
             except NotSeenError:
                 raise CannotDriveError(
                     "the state that its network sees is not the one that it was given"
-                ) from None
+                ) from refused
         for (step, _), other in zip(own, again, strict=True):
             if not torch.equal(step.output, other.output):
                 raise CannotDriveError(

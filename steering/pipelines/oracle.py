@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,16 @@ _ALONE = threading.RLock()
 
 class NotSeenError(Exception):
     """The pipeline does not hand the state it is given to its network as it is."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a pipeline's first step shows."""
+
+    first: Step
+    scheduler: Any  # as the pipeline has set it, of its own class
+    cut: bool  # does its loop begin after the grid does?
+    from_image: bool  # does it noise an image to start from?
 
 
 class Oracle:
@@ -74,17 +85,12 @@ class Oracle:
     def encode(self, row: int) -> tuple:
         """Encode a condition, once; shapes of its embeddings: conditions that share them can share
         a call."""
-        self._run(Visit(encode=True), [row])
-        return self._encodings.signature(row)
+        self._run(Visit(1, encode=True), [row])
+        return self._encodings.shapes(row)
 
-    def open(self, row: int) -> tuple[Step, Any]:
-        """The pipeline's own first step, which shows the shape of a state, and its scheduler as it
-        has set it.
-
-        Raises:
-            NotSeenError: it starts from an image that it has noised.
-        """
-        visit = Visit()
+    def open(self, row: int) -> Opened:
+        """The pipeline's own first step, from its own noise."""
+        visit = Visit(1)
         self._run(visit, [row])
         shapes = [shape[1:] for shape in visit.drawn if shape[0] == 1 and len(shape) > 2]
         self._natural = shapes[0] if shapes else None
@@ -92,13 +98,12 @@ class Oracle:
         scheduler.__class__ = self._base
         first = visit.seen[0]
         begins = float(torch.as_tensor(first.time).reshape(-1)[0])
-        if visit.noised_image or begins != float(scheduler.timesteps[0]):
-            raise NotSeenError
-        return first, scheduler
+        cut = begins != float(scheduler.timesteps[0])
+        return Opened(first, scheduler, cut, visit.noised_image)
 
     def native(self, x: Tensor, rows: Sequence[int], steps: int) -> list[tuple[Step, Tensor]]:
         """The pipeline's own first steps from states x [N, *D], and what each made of them."""
-        visit = Visit(steps=steps)
+        visit = Visit(len(rows), steps=steps)
         self._run(visit, rows, x)
         return list(zip(visit.seen, visit.made, strict=True))
 
@@ -108,7 +113,7 @@ class Oracle:
         Raises:
             NotSeenError: the state that it speaks of is another one.
         """
-        visit = Visit(at=at)
+        visit = Visit(len(rows), at)
         self._run(visit, rows, x)
         step = visit.seen[0]
         if step.sample.shape != x.shape or not torch.equal(step.sample.detach(), x.detach()):
@@ -120,7 +125,7 @@ class Oracle:
 
         `turns` lets its loop turn once, for nothing, where it cannot do without.
         """
-        visit = Visit(tail=x, turns=turns)
+        visit = Visit(len(x), tail=x, turns=turns)
         return self._run(visit, [row] * len(x), x, output_type="pt", return_dict=False)[0]
 
     def inject(self, x: Tensor, row: int) -> None:
@@ -134,7 +139,7 @@ class Oracle:
         size, order = x[0].numel(), torch.zeros(x.shape, dtype=torch.int64)
         for digit in range(3):  # whole numbers below 256 are exact in every float format
             digits = torch.arange(size).div(256**digit, rounding_mode="floor") % 256
-            visit = Visit(start=digits.to(x).view(1, *self._natural))
+            visit = Visit(1, start=digits.to(x).view(1, *self._natural))
             self._run(visit, [row])
             order += visit.seen[0].sample.round().long().cpu() * 256**digit
         if not torch.equal(order.flatten().sort().values, torch.arange(size)):
@@ -161,10 +166,13 @@ class Oracle:
     @contextmanager
     def _held(self, visit: Visit, rows: Sequence[int]) -> Iterator[None]:
         """The pipeline with our scheduler and stand-ins in place; as it was, afterwards."""
-        attributes = vars(self.pipe)
-        found = dict(attributes)
         with _ALONE, _random_numbers_aside(), evaluating(*self._networks.values()):
-            undo = [_shadow(module, visit) for module in self._modules]
+            attributes = vars(self.pipe)
+            found = dict(attributes)
+            undo = [
+                *(_shadow(module, visit.noise, enumerate_grid) for module in self._modules),
+                _shadow(sys.modules["diffusers.models.autoencoders.vae"], visit.code),
+            ]
             self.scheduler.visit = visit
             try:
                 attributes.update(self._stand_ins)
@@ -187,12 +195,13 @@ def _counts(name: str) -> bool:
     return "controlnet" not in name and "adapter" not in name
 
 
-def _shadow(module: Any, visit: Visit) -> Callable[[], None]:
-    """Put our `enumerate`, and our `randn_tensor` if it draws, into a module; how to undo it."""
+def _shadow(module: Any, noise: Callable[..., Tensor], enumeration: Any = None) -> Callable:
+    """Put stand-ins into a module, for its `randn_tensor` if it draws and for the built-in
+    `enumerate`; how to undo it."""
     names = vars(module)
-    shadows: dict[str, Any] = {"enumerate": enumerate_grid}
+    shadows: dict[str, Any] = {} if enumeration is None else {"enumerate": enumeration}
     if "randn_tensor" in names:
-        shadows["randn_tensor"] = partial(visit.noise, names["randn_tensor"])
+        shadows["randn_tensor"] = partial(noise, names["randn_tensor"])
     before = {name: names[name] for name in shadows if name in names}
 
     def restore() -> None:

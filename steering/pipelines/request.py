@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 _LOOKED_AT = 16  # numbers of each weight that a fingerprint rests on
@@ -57,7 +58,7 @@ class Request:
         scheduler: records of other models differ in it."""
         own = ("steps", "prompts")  # records hold these apart
         asked = {k: v for k, v in vars(self).items() if k not in own and v is not None}
-        settings = ", ".join(f"{k}={v}" for k, v in asked.items())
+        settings = ", ".join(f"{k}={_told(v)}" for k, v in asked.items())
         asked_for = f"({settings})" if settings else ""
         return f"{type(pipe).__name__}{asked_for}#{_fingerprint(pipe)}"
 
@@ -92,6 +93,20 @@ class Request:
             if size < multiple or size % multiple:
                 raise ValueError(f"{name}={size} does not fit: give a multiple of {multiple}.")
         return sizes
+
+
+def _told(value: Any) -> str:
+    """A value in a few characters, the same in every process: images and tensors by a digest."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_told(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(map(_told, value)) + ")"
+    if isinstance(value, Image.Image):
+        value = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().double().numpy().tobytes()
+        return "#" + hashlib.blake2b(content, digest_size=4).hexdigest()
+    return str(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
 
 
 def _fingerprint(pipe: Any) -> str:

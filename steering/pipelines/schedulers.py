@@ -24,11 +24,12 @@ from steering.gaussian import (
     ddpm_kernel,
 )
 
-DIFFUSION = ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LCM", "TCD")
+STRIDED = ("DDIM", "DDIMParallel", "PNDM", "CogVideoXDDIM", "CogVideoXDPM")
+DIFFUSION = (*STRIDED, "DDPM", "DDPMParallel", "LCM", "TCD")
 EXPLODING = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete")
 SOLVERS = ("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep")
 FLOWS = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")
-HIGHER_ORDER = ("PNDM", "HeunDiscrete", "LMSDiscrete", *SOLVERS, FLOWS[1])
+HIGHER_ORDER = ("PNDM", "CogVideoXDPM", "HeunDiscrete", "LMSDiscrete", *SOLVERS, FLOWS[1])
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "epsilon",
     "v_prediction": "v_prediction",
@@ -170,14 +171,14 @@ def _diffusion(fresh: Any, name: str, shape: tuple[int, ...], eta: float | None)
     t = fresh.timesteps.long().cpu().unique().flip(0)  # PNDM visits one time twice
     products = fresh.alphas_cumprod.double().cpu()
     after = torch.cat([t[1:], torch.full_like(t[:1], -1)])
-    if name in ("DDIM", "DDIMParallel", "PNDM"):
+    if name in STRIDED:
         # these go down by a fixed stride, also where their own grid does not
         after = t - config.num_train_timesteps // fresh.num_inference_steps
     final = torch.as_tensor(getattr(fresh, "final_alpha_cumprod", 1.0)).double()
     product_to = torch.where(after >= 0, products[after.clamp(min=0)], final)
     alpha, sigma = products[t].sqrt(), (1 - products[t]).sqrt()
     alpha_to, sigma_to = product_to.sqrt(), (1 - product_to).sqrt()
-    bound = _bound(config)
+    bound = None if name.startswith("CogVideoX") else _bound(config)  # which these ignore
     if name == "LCM":
         if eta not in (None, 1):
             raise ValueError(

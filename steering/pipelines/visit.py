@@ -43,6 +43,7 @@ class Visit:
     """What one call is for, and what was seen in it.
 
     Args:
+        batch: states in it.
         at: ask for one step anywhere; None walks the pipeline's own grid.
         steps: how many steps until the call is ended.
         encode: end it as soon as the grid is set, which is after prompts are encoded.
@@ -50,6 +51,7 @@ class Visit:
         start: states that stand in for the pipeline's own noise.
     """
 
+    batch: int
     at: At | None = None
     steps: int = 1
     encode: bool = False
@@ -87,16 +89,26 @@ class Visit:
         if self.tail is not None:
             return _Stepped(self.tail)
         given = inspect.signature(base.step).bind(scheduler, *args, **kwargs).arguments
-        output, sample = plain(given["model_output"]), plain(given["sample"])
+        output, sample = self._own(given["model_output"]), self._own(given["sample"])
         self.seen.append(Step(output, sample, given["timestep"], self.rows))
         self.rows = 0
         if self.at is not None:
             raise Captured
         stepped = base.step(scheduler, *args, **kwargs)
-        self.made.append(plain(stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample))
+        made = stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample
+        self.made.append(self._own(made))
         if len(self.seen) == self.steps:
             raise Captured
         return stepped
+
+    def _own(self, x: Tensor) -> Tensor:
+        """One entry for every state, where a pipeline steps copies along for its guidance.
+
+        Copies that are not the same are left: they will not be taken for the states.
+        """
+        x = plain(x)
+        copies = x.split(self.batch) if len(x) % self.batch == 0 else (x,)
+        return copies[0] if all(torch.equal(copies[0], copy) for copy in copies[1:]) else x
 
     def noise(self, draw: Callable[..., Tensor], shape: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The pipeline draws noise: the first draw of a state's shape is where it starts."""
@@ -104,6 +116,16 @@ class Visit:
         if self.start is not None and tuple(shape) == tuple(self.start.shape):
             return self.start.to(kwargs.get("dtype") or self.start.dtype)
         return draw(shape, *args, **kwargs)
+
+    def code(self, draw: Callable[..., Tensor], shape: Any, generator: Any = None, **kwargs: Any):
+        """An autoencoder draws the code of an image: alike for every state of the batch.
+
+        Drawn from global numbers, a batch is not what its states are alone.
+        """
+        if generator is not None or shape[0] % self.batch:
+            return draw(shape, generator=generator, **kwargs)
+        drawn = draw((shape[0] // self.batch, *shape[1:]), generator=None, **kwargs)
+        return drawn.repeat_interleave(self.batch, 0)
 
     def noised(self, original: Tensor) -> Tensor | None:
         """The pipeline noises an image to start from: where it starts instead, if anywhere."""
@@ -139,6 +161,8 @@ def driven(base: type) -> type:
             return sample / (sigma.view(-1, *[1] * (sample.dim() - 1)) ** 2 + 1) ** 0.5
 
         members["scale_model_input"] = scale_model_input
+    if not hasattr(base, "scale_model_input"):  # by exact class some do not ask a base for it
+        members["scale_model_input"] = lambda self, sample, *args: sample
     for name in ("add_noise", "scale_noise"):
         if hasattr(base, name):
             members[name] = _noising(base, name)
