@@ -20,12 +20,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steering.pipelines.conditional import evaluating
 from steering.pipelines.encodings import Encodings
 from steering.pipelines.request import networks
-from steering.pipelines.visit import At, Captured, Step, Visit, counted, driven, enumerate_grid
+from steering.pipelines.visit import (
+    At,
+    Captured,
+    Step,
+    Visit,
+    counted,
+    driven,
+    enumerate_grid,
+    remembering,
+)
 
 # loops look `enumerate` and `randn_tensor` up in their module, which all pipelines of it share
 _ALONE = threading.RLock()
@@ -71,6 +80,9 @@ class Oracle:
             name: counted(net, _counts(name), lambda: self.scheduler.visit)
             for name, net in self._networks.items()
         }
+        vae = pipe.components.get("vae")
+        if isinstance(vae, nn.Module) and hasattr(vae, "encode"):
+            self._stand_ins["vae"] = remembering(vae)
         owners = [
             c for c in type(pipe).__mro__ if "__call__" in vars(c) or ".pipelines." in c.__module__
         ]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from steering.pipelines.schedulers import EXPLODING
 
+_IMAGES = 16  # codes of images remembered: an image and a mask, in batches of a few sizes
+
 
 class Captured(BaseException):
     """Ends a pipeline's call; no `except Exception` of its own swallows it."""
@@ -234,6 +236,30 @@ def counted(net: nn.Module, count: bool, current: Callable[[], Visit]) -> nn.Mod
     kind = type(type(net).__name__, (type(net),), {"__call__": call})
     stand_in = object.__new__(kind)
     object.__setattr__(stand_in, "__dict__", vars(net))
+    return stand_in
+
+
+def remembering(vae: nn.Module) -> nn.Module:
+    """A stand-in for an autoencoder that encodes an image it has seen before from memory.
+
+    Control images and what is painted over are encoded in every call of a pipeline, and are the
+    same in all of them.
+    """
+    seen: list[tuple[Tensor, bool, Any]] = []
+
+    def encode(self: Any, x: Tensor, return_dict: bool = True) -> Any:
+        for image, form, code in seen:
+            if form == return_dict and image.shape == x.shape and torch.equal(image, x):
+                return code
+        with torch.no_grad():
+            code = vae.encode(x, return_dict=return_dict)  # pyright: ignore
+        seen.append((x, return_dict, code))
+        del seen[:-_IMAGES]
+        return code
+
+    kind = type(type(vae).__name__, (type(vae),), {"encode": encode})
+    stand_in = object.__new__(kind)
+    object.__setattr__(stand_in, "__dict__", vars(vae))
     return stand_in
 
 
