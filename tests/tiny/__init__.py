@@ -1,0 +1,13 @@
+"""Random-weight pipelines of many families, built in memory: `families()` lists them."""
+
+import importlib
+
+from tests.tiny.parts import Tiny
+
+GROUPS = ("stable_diffusion", "flux")
+
+
+def families() -> list[Tiny]:
+    """Every pipeline; nothing is built until `Tiny.build()`."""
+    groups = [importlib.import_module(f"tests.tiny.{group}") for group in GROUPS]
+    return [tiny for group in groups for tiny in group.families()]
