@@ -4,7 +4,7 @@ import importlib
 
 from tests.tiny.parts import Tiny
 
-GROUPS = ("stable_diffusion", "flux")
+GROUPS = ("stable_diffusion", "stable_diffusion_3", "flux", "image_flows", "pixels_and_classes")
 
 
 def families() -> list[Tiny]:

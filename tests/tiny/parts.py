@@ -1,12 +1,13 @@
 """Text encoders, tokenizers and autoencoders of a few thousand weights, shared by the pipelines."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import transformers
-from diffusers import AutoencoderDC, AutoencoderKLQwenImage, AutoencoderKLWan
+from diffusers import AutoencoderKLWan
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
@@ -15,6 +16,7 @@ from tests.tiny_pipelines import autoencoder, quiet, text_config
 
 WIDTH = 32  # of every text encoder
 LENGTH = 24  # tokens of a prompt, where the call takes that number
+VOCABULARY = 400  # bytes, SPECIAL, and room for `learn`
 SPECIAL = ("<pad>", "</s>", "<unk>", "<s>", "<|im_start|>", "<|im_end|>")
 CHAT = (
     "{% for message in messages %}{% if message.role == 'user' %}"
@@ -82,7 +84,10 @@ def byte_tokenizer(end="</s>", **options):
     )
 
 
-VOCABULARY = len(SPECIAL) + len(ByteLevel.alphabet())
+def learn(tokenizer, template):
+    """One token a word of a pipeline's fixed text, of which it drops a fixed number of tokens."""
+    words = re.findall(r" ?[A-Za-z]+", re.sub(r"<\|.*?\|>", "", template))
+    tokenizer.add_tokens(sorted(set(words)))
 
 
 def picture(size):
@@ -101,16 +106,15 @@ def clip(projection=False):
     return lively(kind(text_config()), gain=2.0)
 
 
-def t5(kind="T5", **options):
+def t5(kind="T5", width=WIDTH, vocabulary=VOCABULARY):
     """The encoder of T5 or, with kind="UMT5", of multilingual T5."""
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=VOCABULARY,
-        d_model=WIDTH,
+        vocab_size=vocabulary,
+        d_model=width,
         d_kv=8,
-        d_ff=WIDTH,
+        d_ff=width,
         num_layers=1,
         num_heads=4,
-        **options,
     )
     return lively(getattr(transformers, f"{kind}EncoderModel")(config))
 
@@ -139,20 +143,36 @@ def language_model(kind, model="Model", **options):
 
 
 def kl(latent_channels=4, **options):
-    """An 8-bit-image autoencoder that halves each side."""
+    """A picture autoencoder that halves each side."""
     return lively(autoencoder(latent_channels=latent_channels, **options))
 
 
-def wan_vae(kind: Any = AutoencoderKLWan):
-    """4 latent channels; each side and the frames as the real one: 8 and 4 times."""
+def qwen_vl(kind="Qwen2_5_VL", model="ForConditionalGeneration"):
+    """A vision-language model, of which pipelines use the language half."""
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "fullatt_block_indexes": [0],
+    }
+    text = decoder_config(rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]})
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
+    return lively(getattr(transformers, kind + model)(config))
+
+
+def wan_vae(kind: Any = AutoencoderKLWan, **options):
+    """4 latent channels; each side and the frames (all but the first) shrink 4 times."""
     return lively(
         kind(
             base_dim=4,
             z_dim=4,
-            dim_mult=[1, 1, 1, 1],
+            dim_mult=[1, 1, 1],
             num_res_blocks=1,
-            temperal_downsample=[False, True, True],
+            temperal_downsample=[True, True],
             latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
+            **options,
         )
     )
