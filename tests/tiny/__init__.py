@@ -4,7 +4,15 @@ import importlib
 
 from tests.tiny.parts import Tiny
 
-GROUPS = ("stable_diffusion", "stable_diffusion_3", "flux", "image_flows", "pixels_and_classes")
+GROUPS = (
+    "stable_diffusion",
+    "stable_diffusion_3",
+    "flux",
+    "image_flows",
+    "cross_attention",
+    "pixels_and_classes",
+    "video",
+)
 
 
 def families() -> list[Tiny]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
-from tests.tiny_pipelines import autoencoder, quiet, text_config
+from tests.tiny_pipelines import TOKENS, autoencoder, quiet, text_config
 
 WIDTH = 32  # of every text encoder
 LENGTH = 24  # tokens of a prompt, where the call takes that number
@@ -101,9 +101,11 @@ def mask(size):
     return (torch.arange(size) >= size // 2).float().expand(1, 1, size, size)
 
 
-def clip(projection=False):
+def clip(projection=False, positions=TOKENS):
     kind: Any = CLIPTextModelWithProjection if projection else CLIPTextModel
-    return lively(kind(text_config()), gain=2.0)
+    config = text_config()
+    config.max_position_embeddings = positions
+    return lively(kind(config), gain=2.0)
 
 
 def t5(kind="T5", width=WIDTH, vocabulary=VOCABULARY):
@@ -117,6 +119,18 @@ def t5(kind="T5", width=WIDTH, vocabulary=VOCABULARY):
         num_heads=4,
     )
     return lively(getattr(transformers, f"{kind}EncoderModel")(config))
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=80,
+    )
+    return lively(transformers.BertModel(config))
 
 
 def decoder_config(**options):
