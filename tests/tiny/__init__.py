@@ -9,6 +9,7 @@ GROUPS = (
     "stable_diffusion_3",
     "flux",
     "image_flows",
+    "image_flows_recent",
     "cross_attention",
     "pixels_and_classes",
     "video",

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import transformers
 from diffusers import (
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
@@ -15,7 +16,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+from transformers import Mistral3Config
 
 from tests.tiny.parts import (
     LENGTH,
@@ -85,24 +86,20 @@ def schnell():
     return flux(schedule=plain, guidance_embeds=False)
 
 
-def flux_2_parts():
-    return {
-        "scheduler": scheduler(),
-        "vae": lively(
-            AutoencoderKLFlux2(
-                block_out_channels=(8, 8),
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                layers_per_block=1,
-                latent_channels=4,
-                norm_num_groups=4,
-            )
-        ),
-        "tokenizer": byte_tokenizer(),
-    }
+def flux_2_vae():
+    return lively(
+        AutoencoderKLFlux2(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+        )
+    )
 
 
-def flux_2_blocks(guidance=True):
+def flux_2_blocks(guidance):
     return lively(
         Flux2Transformer2DModel(
             in_channels=16,
@@ -114,8 +111,8 @@ def flux_2_blocks(guidance=True):
     )
 
 
-def flux_2():
-    picture_encoder = {
+def mistral_3(model="ForConditionalGeneration"):
+    pictures = {
         "model_type": "pixtral",
         "hidden_size": 8,
         "intermediate_size": 8,
@@ -124,24 +121,27 @@ def flux_2():
         "image_size": 16,
         "patch_size": 8,
     }
-    config = Mistral3Config(
-        text_config={"model_type": "mistral", **decoder_config()},
-        vision_config=picture_encoder,
-        image_token_index=2,
+    words = {"model_type": "mistral", **decoder_config()}
+    config = Mistral3Config(text_config=words, vision_config=pictures, image_token_index=2)
+    return lively(getattr(transformers, "Mistral3" + model)(config))
+
+
+def flux_2(kind: Any, text_encoder, guidance):
+    return kind(
+        scheduler=scheduler(),
+        vae=flux_2_vae(),
+        text_encoder=text_encoder,
+        tokenizer=byte_tokenizer(),
+        transformer=flux_2_blocks(guidance),
     )
-    return Flux2Pipeline(
-        text_encoder=lively(Mistral3ForConditionalGeneration(config)),
-        transformer=flux_2_blocks(),
-        **flux_2_parts(),
-    )
+
+
+def dev_2():
+    return flux_2(Flux2Pipeline, mistral_3(), guidance=True)
 
 
 def klein():
-    return Flux2KleinPipeline(
-        text_encoder=language_model("Qwen3", "ForCausalLM"),
-        transformer=flux_2_blocks(guidance=False),
-        **flux_2_parts(),
-    )
+    return flux_2(Flux2KleinPipeline, language_model("Qwen3", "ForCausalLM"), guidance=False)
 
 
 def families():
@@ -151,7 +151,7 @@ def families():
     return [
         Tiny("FluxPipeline", flux, CALL),
         Tiny("FluxPipeline schnell", schnell, {**CALL, "guidance_scale": 0.0}),
-        Tiny("Flux2Pipeline", flux_2, layers),
+        Tiny("Flux2Pipeline", dev_2, layers),
         Tiny("Flux2KleinPipeline", klein, layers),
         Tiny(
             "FluxControlNetPipeline",

@@ -161,7 +161,7 @@ def kl(latent_channels=4, **options):
     return lively(autoencoder(latent_channels=latent_channels, **options))
 
 
-def qwen_vl(kind="Qwen2_5_VL", model="ForConditionalGeneration"):
+def qwen_vl(kind="Qwen2_5_VL", model="ForConditionalGeneration", layers=2):
     """A vision-language model, of which pipelines use the language half."""
     vision = {
         "depth": 1,
@@ -171,7 +171,8 @@ def qwen_vl(kind="Qwen2_5_VL", model="ForConditionalGeneration"):
         "out_hidden_size": WIDTH,
         "fullatt_block_indexes": [0],
     }
-    text = decoder_config(rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]})
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = decoder_config(rope_parameters=rope, num_hidden_layers=layers)
     config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
     return lively(getattr(transformers, kind + model)(config))
 
