@@ -13,6 +13,8 @@ GROUPS = (
     "cross_attention",
     "pixels_and_classes",
     "video",
+    "video_diffusion",
+    "from_image",
 )
 
 

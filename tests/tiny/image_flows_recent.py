@@ -14,8 +14,6 @@ from diffusers import (
     Krea2Transformer2DModel,
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
-    PRXPipeline,
-    PRXTransformer2DModel,
 )
 
 from tests.tiny.flux import flux_2_vae, mistral_3
@@ -126,26 +124,6 @@ def bria():
     )
 
 
-def prx():
-    return PRXPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=kl(**NO_QUANT),
-        text_encoder=t5(),
-        tokenizer=byte_tokenizer(model_max_length=LENGTH),
-        transformer=lively(
-            PRXTransformer2DModel(
-                in_channels=4,
-                context_in_dim=WIDTH,
-                hidden_size=32,
-                num_heads=2,
-                depth=1,
-                axes_dim=[8, 8],
-            )
-        ),
-        default_sample_size=SIZE,
-    )
-
-
 def longcat():
     tokenizer = byte_tokenizer(end=None)
     pipe = LongCatImagePipeline(
@@ -197,11 +175,6 @@ def families():
         Tiny("Krea2Pipeline", krea_2, {**CALL}),
         Tiny("HunyuanImagePipeline", hunyuan_image, SQUARE),
         Tiny("BriaPipeline", bria, CALL),
-        Tiny(
-            "PRXPipeline",
-            prx,
-            {**SQUARE, "use_resolution_binning": False, "skip_text_cleaning": True},
-        ),
         Tiny("LongCatImagePipeline", longcat, {**SQUARE, "enable_prompt_rewrite": False}),
         Tiny("ErnieImagePipeline", ernie, {**SQUARE, "use_pe": False}),
     ]

@@ -1,27 +1,22 @@
-"""Text-to-video pipelines; a clip is 2 latent frames or so."""
+"""Text-to-video flows; a clip is 2 latent frames."""
 
 from diffusers import (
-    AllegroPipeline,
-    AllegroTransformer3DModel,
-    AutoencoderKLAllegro,
-    AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTXVideo,
+    AutoencoderKLMagvit,
     AutoencoderKLMochi,
-    CogVideoXDDIMScheduler,
-    CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
-    DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+    EasyAnimatePipeline,
+    EasyAnimateTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
-    LattePipeline,
-    LatteTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     MochiPipeline,
     MochiTransformer3DModel,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -33,13 +28,13 @@ from tests.tiny.parts import (
     Tiny,
     byte_tokenizer,
     clip,
-    kl,
     language_model,
     lively,
+    qwen_vl,
     t5,
     wan_vae,
 )
-from tests.tiny_pipelines import SD_SCHEDULE, tokenizer
+from tests.tiny_pipelines import tokenizer
 
 SIZE = 16
 SQUARE = {"height": SIZE, "width": SIZE}
@@ -140,40 +135,6 @@ def hunyuan_video():
     )
 
 
-def cogvideo_x():
-    vae = AutoencoderKLCogVideoX(
-        latent_channels=4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-    return CogVideoXPipeline(
-        tokenizer=byte_tokenizer(),
-        text_encoder=t5(),
-        vae=lively(vae, gain=0.8),  # else a third of all pixels would be black or white
-        transformer=lively(
-            CogVideoXTransformer3DModel(
-                in_channels=4,
-                out_channels=4,
-                time_embed_dim=8,
-                text_embed_dim=WIDTH,
-                sample_width=2,
-                sample_height=2,
-                sample_frames=5,
-                max_text_seq_length=LENGTH,
-                **HEADS,
-            )
-        ),
-        scheduler=CogVideoXDDIMScheduler(
-            snr_shift_scale=3.0,
-            prediction_type="v_prediction",
-            rescale_betas_zero_snr=True,
-            timestep_spacing="trailing",
-            clip_sample=False,
-        ),
-    )
-
-
 def mochi():
     vae = AutoencoderKLMochi(
         latent_channels=12,  # the pipeline knows no other number
@@ -201,69 +162,76 @@ def mochi():
     )
 
 
-def allegro():
-    vae = AutoencoderKLAllegro(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0
+def easy_animate():
+    vae = AutoencoderKLMagvit(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        spatial_group_norm=False,
     )
-    vae.enable_tiling()  # it decodes no other way; one tile here
-    vae.kernel = vae.stride = (8, 16, 16)
-    return AllegroPipeline(
+    return EasyAnimatePipeline(
+        vae=lively(vae, gain=0.8),
+        text_encoder=qwen_vl("Qwen2VL"),
         tokenizer=byte_tokenizer(),
-        text_encoder=t5(),
-        vae=lively(vae),
         transformer=lively(
-            AllegroTransformer3DModel(
-                cross_attention_dim=24,
-                sample_height=2,
-                sample_width=2,
-                sample_frames=2,
-                caption_channels=WIDTH,
-                **{**HEADS, "attention_head_dim": 12},
-            )
-        ),
-        scheduler=EulerAncestralDiscreteScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=SD_SCHEDULE["beta_start"],
-            beta_end=SD_SCHEDULE["beta_end"],
-        ),
-    )
-
-
-def latte():
-    return LattePipeline(
-        tokenizer=byte_tokenizer(),
-        text_encoder=t5(),
-        vae=kl(),
-        transformer=lively(
-            LatteTransformer3DModel(
+            EasyAnimateTransformer3DModel(
                 in_channels=4,
-                out_channels=8,  # the upper half is the variance, which the pipeline drops
-                cross_attention_dim=32,
-                attention_bias=True,
-                sample_size=SIZE // 2,
+                out_channels=4,
                 patch_size=2,
-                activation_fn="gelu-approximate",
-                num_embeds_ada_norm=1000,
-                norm_type="ada_norm_single",
-                norm_elementwise_affine=False,
-                caption_channels=WIDTH,
-                video_length=2,
+                sample_width=2,
+                sample_height=2,
+                mmdit_layers=1,
+                time_embed_dim=8,
+                text_embed_dim=WIDTH,
                 **HEADS,
             )
         ),
-        scheduler=DDIMScheduler(clip_sample=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+
+
+def sana_video():
+    return SanaVideoPipeline(
+        tokenizer=byte_tokenizer(),
+        text_encoder=language_model("Gemma2"),
+        vae=wan_vae(scale_factor_spatial=4),
+        transformer=lively(
+            SanaVideoTransformer3DModel(
+                in_channels=4,
+                out_channels=4,
+                num_cross_attention_heads=2,
+                cross_attention_head_dim=16,
+                cross_attention_dim=32,
+                caption_channels=WIDTH,
+                rope_max_seq_len=32,
+                **HEADS,
+            )
+        ),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+        ),
     )
 
 
 def families():
+    easy = {**SQUARE, "num_frames": 5, "negative_prompt": ""}  # has no default of its own
+    # sides must be multiples of 32, whatever the autoencoder's scale
+    sana = {
+        "height": 32,
+        "width": 32,
+        "frames": 5,
+        "max_sequence_length": LENGTH,
+        "use_resolution_binning": False,
+        "complex_human_instruction": None,
+    }
     # the template's own length in tokens is fixed, and no byte tokenizer's
     bare = {"template": "{}", "crop_start": 0}
     return [
         Tiny("WanPipeline", wan, CALL, "clip"),
         Tiny("LTXPipeline", ltx, {**CALL, "height": 32, "width": 32}, "clip"),
         Tiny("HunyuanVideoPipeline", hunyuan_video, {**CALL, "prompt_template": bare}, "clip"),
-        Tiny("CogVideoXPipeline", cogvideo_x, {**CALL, "num_frames": 9}, "clip"),
         Tiny("MochiPipeline", mochi, {**CALL, "num_frames": 7}, "clip"),
-        Tiny("AllegroPipeline", allegro, {**CALL, "num_frames": 8, "clean_caption": False}, "clip"),
-        Tiny("LattePipeline", latte, {**SQUARE, "video_length": 2, "clean_caption": False}, "clip"),
+        Tiny("EasyAnimatePipeline", easy_animate, easy, "clip"),
+        Tiny("SanaVideoPipeline", sana_video, sana, "clip"),
     ]
