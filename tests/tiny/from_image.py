@@ -14,7 +14,7 @@ SIZE = 16
 
 
 def families():
-    shown = {"image": picture(SIZE), "strength": 0.75}
+    shown = {"image": picture(SIZE), "strength": 0.5}
     sized = {**shown, "height": SIZE, "width": SIZE, "max_sequence_length": LENGTH}
     return [
         Tiny(

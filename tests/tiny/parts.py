@@ -165,6 +165,7 @@ def qwen_vl(kind="Qwen2_5_VL", model="ForConditionalGeneration", layers=2):
     """A vision-language model, of which pipelines use the language half."""
     vision = {
         "depth": 1,
+        "embed_dim": 16,
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_heads": 2,

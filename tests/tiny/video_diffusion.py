@@ -156,14 +156,11 @@ class Unguarded(torch.nn.Module):
 def cosmos():
     vae = AutoencoderKLCosmos(
         latent_channels=4,
-        encoder_block_out_channels=(8, 8, 8),
-        decode_block_out_channels=(8, 8, 8),
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decode_block_out_channels=(8, 8, 8, 8),
         attention_resolutions=(),
         resolution=SIZE,
         num_layers=1,
-        patch_size=2,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=4,
         latents_mean=None,
         latents_std=None,
     )
@@ -182,7 +179,7 @@ def cosmos():
                 **HEADS,
             )
         ),
-        vae=lively(vae),
+        vae=lively(vae, gain=0.5),
         scheduler=EDMEulerScheduler(),
         safety_checker=guard,
     )
@@ -190,11 +187,12 @@ def cosmos():
 
 def families():
     allegro_call = {**CALL, "num_frames": 8, "clean_caption": False}
+    cosmos_call = {**CALL, "height": 32, "width": 32, "num_frames": 9}
     latte_call = {**SQUARE, "video_length": 2, "clean_caption": False}
     return [
         Tiny("CogVideoXPipeline", cogvideo_x, {**CALL, "num_frames": 9}, "clip"),
         Tiny("AllegroPipeline", allegro, allegro_call, "clip"),
         Tiny("LattePipeline", latte, latte_call, "clip"),
         Tiny("AnimateDiffPipeline", animate_diff, {**SQUARE, "num_frames": 2}, "clip"),
-        Tiny("CosmosTextToWorldPipeline", cosmos, CALL, "clip"),
+        Tiny("CosmosTextToWorldPipeline", cosmos, cosmos_call, "clip"),
     ]
