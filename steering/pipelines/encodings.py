@@ -23,6 +23,7 @@ class Encodings:
         # arguments are kept with what they gave, so that their ids stay theirs
         self._kept: dict[Any, tuple[Any, Any]] = {}
         self._by_row: dict[int, dict[Any, Any]] = {}
+        self._layouts: dict[Any, Any] = {}  # by all arguments but the texts
 
     def of(self, encode: Callable[..., Any], rows: Sequence[int]) -> Callable[..., Any]:
         """A stand-in for `encode` while a batch of `rows` is run."""
@@ -37,8 +38,13 @@ class Encodings:
                 self._by_row.setdefault(row, {})[_key(own)] = one
             if len(ones) == 1:
                 return ones[0]
-            twice = {name: _twice(given[name], own) for name, own in apart[0].items()}
-            return _together(ones, self._encoded(encode, twice))
+            texts = {name for name, own in apart[0].items() if own is not given[name]}
+            call = sorted(texts), _key({n: v for n, v in given.items() if n not in texts})
+            if str(call) not in self._layouts:
+                twice = {n: own * 2 if n in texts else own for n, own in apart[0].items()}
+                with torch.no_grad():
+                    self._layouts[str(call)] = _layout(ones[0], encode(**twice))
+            return _together(ones, self._layouts[str(call)])
 
         return remembered
 
@@ -62,25 +68,33 @@ def _of_place(given: dict[str, Any], k: int, count: int) -> dict[str, Any]:
     }
 
 
-def _twice(whole: Any, own: Any) -> Any:
-    return own if own is whole else own * 2
+def _layout(one: Any, pair: Any) -> Any:
+    """Where the batch is in what `encode_prompt` returns, of what it gave for one row and for two.
 
-
-def _together(ones: list[Any], pair: Any) -> Any:
-    """The embeddings of a batch, of those of its rows, where two of the first row give `pair`."""
-    one = ones[0]
+    Of a tensor its axis, None where it has none; of a list with entries for rows True; of other
+    lists and tuples the layouts of their parts.
+    """
     if isinstance(one, Tensor):
-        axes = [k for k in range(one.dim()) if pair.shape[k] == 2 * one.shape[k]]
-        if not axes:  # of no row in particular, such as positions of tokens
-            return one
-        # [n, ...] halves of one row, as guidance has them, become n blocks of all rows
-        return torch.stack(ones, axes[0] + 1).flatten(axes[0], axes[0] + 1)
+        return next((k for k in range(one.dim()) if pair.shape[k] == 2 * one.shape[k]), None)
     if isinstance(one, list) and len(pair) == 2 * len(one):
-        return [own[k] for k in range(len(one)) for own in ones]
+        return True
     if isinstance(one, (list, tuple)):
-        parts = zip(zip(*ones, strict=True), pair, strict=True)
-        return type(one)(_together(list(part), both) for part, both in parts)
-    return one
+        return tuple(_layout(part, both) for part, both in zip(one, pair, strict=True))
+    return None
+
+
+def _together(ones: list[Any], layout: Any) -> Any:
+    """The embeddings of a batch, of those of its rows."""
+    one = ones[0]
+    if layout is None:  # of no row in particular, such as positions of tokens
+        return one
+    if isinstance(one, Tensor):
+        # [n, ...] halves of one row, as guidance has them, become n blocks of all rows
+        return torch.stack(ones, layout + 1).flatten(layout, layout + 1)
+    if layout is True:
+        return [own[k] for k in range(len(one)) for own in ones]
+    parts = zip(zip(*ones, strict=True), layout, strict=True)
+    return type(one)(_together(list(part), where) for part, where in parts)
 
 
 def _shapes(value: Any) -> Any:

@@ -252,7 +252,7 @@ def remembering(vae: nn.Module) -> nn.Module:
             if form == return_dict and image.shape == x.shape and torch.equal(image, x):
                 return code
         with torch.no_grad():
-            code = vae.encode(x, return_dict=return_dict)  # pyright: ignore
+            code = vae.encode(x, return_dict=return_dict)  # pyright: ignore[reportCallIssue]
         seen.append((x, return_dict, code))
         del seen[:-_IMAGES]
         return code

@@ -1,0 +1,428 @@
+"""Pipelines driven unmodified say what they say themselves, and are left as they were."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+from samplers import SMC, BestOfN, TreeSearch, sample
+from steering import from_pipeline, noise
+from steering.pipelines.driven import DrivenDenoiser
+from steering.pipelines.opening import CannotDriveError
+from steering.pipelines.oracle import NotSeenError
+from tests.tiny import Tiny, families
+from tests.tiny_pipelines import pixel_pipeline, stable_diffusion, stable_diffusion_3
+
+PROMPTS = ["a red fox", "two blue jays on a wire"]
+BY_NAME = {tiny.name: tiny for tiny in families()}
+# one of each way that states go in and out: plain, exploding, packed, arranged, doubled, clips
+SOME = [
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "FluxPipeline",
+    "Flux2Pipeline",
+    "DiTPipeline",
+    "WanPipeline",
+]
+
+
+def driven(tiny: Tiny, pipe: Any = None, prompts: Any = None, **options: Any) -> Any:
+    """A tiny pipeline as a driven model of two prompts, four steps."""
+    call = dict(tiny.call)
+    own = {name: call.pop(name) for name in ("height", "width", "guidance_scale") if name in call}
+    default = {"text": PROMPTS, "class": [1, 2], None: None}[tiny.prompt]
+    return from_pipeline(
+        tiny.build() if pipe is None else pipe,
+        default if prompts is None else prompts,
+        **{"steps": 4, "route": "driven", "call": call or None, **own, **options},
+    )
+
+
+def starts(model: Any, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States of n rows at steps 0, 1, ... and conditions in turn."""
+    i = torch.arange(n) % model.process.steps
+    x = model.process.prior(noise.root_key(3, torch.arange(n)))
+    return x, i, model.process.time(i), torch.arange(n) % len(model.prompts)
+
+
+def one_by_one(model: Any, x: torch.Tensor, t: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    rows = [slice(k, k + 1) for k in range(len(x))]
+    return torch.cat([model.denoiser(x[k], t[k], row[k]) for k in rows])
+
+
+def red(items: torch.Tensor, prompts: Any) -> torch.Tensor:
+    return items.movedim(-3, 0)[0].flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_two_steps_and_decoding_are_those_of_the_pipeline_to_the_bit(name):
+    from benchmarks.families import against_itself
+
+    tiny = BY_NAME[name]
+    pipe = tiny.build()
+    assert against_itself(driven(tiny, pipe), tiny, pipe) == ()
+
+
+@pytest.mark.parametrize("name", [*SOME, "StableDiffusionInpaintPipeline"])
+def test_a_batch_of_steps_and_prompts_is_what_its_rows_are_alone(name):
+    model = driven(BY_NAME[name])
+    x, _, t, row = starts(model, 6)
+    with torch.no_grad():
+        together = model.denoiser(x, t, row)
+        alone = torch.cat(
+            [model.denoiser(x[k : k + 1], t[k : k + 1], row[k : k + 1]) for k in range(6)]
+        )
+        other = model.denoiser(x, t, 1 - row)
+    scale = float(alone.abs().max())
+    # float32 sums in another order; the prompts move it by far more
+    assert (together - alone).abs().max() < 1e-4 * scale
+    assert (together - other).abs().max() > 1e-2 * scale or name == "StableDiffusionXLPipeline"
+    assert model.denoiser.mixes
+
+
+@pytest.mark.parametrize(
+    ("pipe", "prompts", "options"),
+    [
+        (lambda: stable_diffusion(), PROMPTS, {"guidance_scale": [5.0, 1.0]}),
+        (lambda: stable_diffusion(diffusers.EulerDiscreteScheduler()), PROMPTS, {}),
+        (lambda: stable_diffusion(diffusers.LCMScheduler()), PROMPTS, {}),
+        (lambda: stable_diffusion(), PROMPTS, {"negative_prompts": ["rain", "snow"]}),
+        (lambda: stable_diffusion_3(), PROMPTS, {"height": 32, "width": 16}),
+        (lambda: pixel_pipeline(diffusers.DDIMScheduler()), None, {}),
+        (lambda: pixel_pipeline(diffusers.DDPMScheduler(), diffusers.DDPMPipeline), None, {}),
+    ],
+)
+def test_both_routes_give_the_same_numbers(pipe, prompts, options):
+    made = pipe()
+    native, other = (
+        from_pipeline(made, prompts, steps=4, route=route, **options)
+        for route in ("native", "driven")
+    )
+    x, i, t, row = starts(native, 6)
+    assert torch.equal(x, starts(other, 6)[0])
+    with torch.no_grad():
+        clean = [m.denoiser(x, t, row) for m in (native, other)]
+        torch.testing.assert_close(*clean, rtol=0, atol=1e-4 * float(clean[0].abs().max()))
+        torch.testing.assert_close(native.decode(x), other.decode(x), rtol=0, atol=1e-5)
+    key = noise.root_key(5, torch.arange(6))
+    laws = [m.process.transition(x, i, clean[0]).sample(key) for m in (native, other)]
+    assert torch.equal(*laws)
+    assert torch.equal(native.denoiser.rows(t, row), other.denoiser.rows(t, row))
+    assert native.about.startswith("native")
+    assert other.about.startswith("driven")
+
+
+def same(pipe: Any, before: dict[str, Any]) -> bool:
+    now = vars(pipe)
+    return now.keys() == before.keys() and all(now[k] is before[k] for k in now)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionControlNetPipeline", "FluxPipeline"])
+def test_no_trace_is_left_also_after_an_exception(name, monkeypatch):
+    import sys
+
+    tiny = BY_NAME[name]
+    pipe = tiny.build()
+    module = sys.modules[type(pipe).__module__]
+    before, names, state = dict(vars(pipe)), dict(vars(module)), torch.get_rng_state()
+    times = pipe.scheduler.timesteps
+    model = driven(tiny, pipe)
+    sample(model, red, BestOfN(2), nfe=1000, progress=False)
+    assert same(pipe, before)
+    network = getattr(pipe, "unet", None) or pipe.transformer
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("the cable is out")
+
+    monkeypatch.setattr(network, "forward", broken)
+    x, _, t, row = starts(model, 2)
+    with pytest.raises(OSError, match="cable"):
+        model.denoiser(x, t, row)
+    assert same(pipe, before)
+    assert vars(module) == names
+    assert torch.equal(torch.get_rng_state(), state)
+    assert pipe.scheduler.timesteps is times
+
+
+def test_gradients_reach_the_state_and_no_weight_keeps_one():
+    tiny = BY_NAME["FluxPipeline"]
+    pipe = tiny.build()
+    model = driven(tiny, pipe)
+    x, _, t, row = starts(model, 2)
+    x.requires_grad_(True)
+    clean = model.denoiser(x, t, row)
+    assert torch.autograd.grad(clean.square().sum(), x)[0].abs().sum() > 0
+    image = model.decode(clean.detach().requires_grad_(True))
+    assert image.requires_grad
+    assert all(weight.grad is None for weight in pipe.transformer.parameters())
+
+
+def test_rows_at_the_network_are_those_planned_for_every_step():
+    """A guidance that ends half-way, counted by a hook of the network's own."""
+    tiny = BY_NAME["Lumina2Pipeline"]
+    pipe = tiny.build()
+    seen: list[int] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    short = {"max_sequence_length": tiny.call["max_sequence_length"]}
+    model = driven(tiny, pipe, call={**short, "cfg_trunc_ratio": 0.5})
+    x, _, t, row = starts(model, 4)
+    planned = model.denoiser.rows(t, row)
+    assert planned.tolist() == [2, 2, 1, 1]
+    seen.clear()
+    model.denoiser(x, t, row)
+    assert sum(seen) == int(planned.sum())
+    seen.clear()
+    run = sample(model, red, TreeSearch(branch="even"), nfe=120, progress=False)
+    extra = run.spent.padded  # filled-up calls take rows of the first condition's step
+    assert run.nfe <= sum(seen) <= run.nfe + 2 * extra
+
+
+def test_a_network_that_takes_other_rows_than_planned_ends_the_run():
+    tiny = BY_NAME["StableDiffusionPipeline"]
+    pipe = tiny.build()
+    model = driven(tiny, pipe)
+    inputs = model.denoiser.oracle.inputs
+    inputs.fixed = {**inputs.fixed, "guidance_scale": 1.0}
+    inputs.scales = None
+    x, _, t, row = starts(model, 2)
+    with pytest.raises(RuntimeError, match=r"2 rows at steps .* where 4 were planned"):
+        model.denoiser(x, t, row)
+
+
+def test_a_control_that_ends_half_way_is_right_at_every_step():
+    """What holds at some steps only goes by the loop's index: such steps do not share a call."""
+    from benchmarks.families import own_run
+
+    tiny = BY_NAME["StableDiffusionControlNetPipeline"]
+    gated = Tiny(tiny.name, tiny.make, {**tiny.call, "control_guidance_end": 0.5})
+    pipe = gated.build()
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    model = driven(gated, pipe)
+    assert not model.denoiser.mixes
+    shown, _ = own_run(
+        pipe, gated, noise.normal(noise.root_key(0, torch.arange(1)), model.process.shape)
+    )
+    full = driven(tiny, pipe)
+    for i, (state, output, _) in enumerate(shown):
+        at = model.denoiser.grid.at([i])
+        assert torch.equal(model.denoiser.oracle.query(state, [0], at).output, output)
+        without = full.denoiser.oracle.query(state, [0], at).output
+        assert torch.equal(without, output) == (i < 2)
+
+
+def test_prompts_of_other_lengths_get_calls_of_their_own():
+    tiny = BY_NAME["QwenImagePipeline"]
+    model = driven(tiny, prompts=["a fox", "a red fox in the snow", "b fox"])
+    short, long, as_short = model.denoiser.kind
+    assert short == as_short != long
+    x, _, t, _ = starts(model, 3)
+    with torch.no_grad():
+        together = model.denoiser(x, t, torch.tensor([0, 1, 2]))
+        alone = [
+            driven(tiny, prompts=[p]).denoiser(x[k : k + 1], t[k : k + 1], torch.tensor([0]))
+            for k, p in enumerate(model.prompts)
+        ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_text_encoders_have_no_work_after_opening():
+    tiny = BY_NAME["FluxPipeline"]
+    pipe = tiny.build()
+    model = driven(tiny, pipe)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a text encoder was called")
+
+    pipe.text_encoder.forward = pipe.text_encoder_2.forward = never
+    run = sample(model, red, SMC(4), nfe=100, progress=False)
+    assert run.failed == 0
+
+
+def test_an_image_is_encoded_once():
+    tiny = BY_NAME["FluxFillPipeline"]
+    pipe = tiny.build()
+    model = driven(tiny, pipe)
+    x, _, t, row = starts(model, 2)
+    with torch.no_grad():
+        model.denoiser(x, t, row)
+
+        def never(*_: Any, **__: Any) -> None:
+            raise AssertionError("the image was encoded again")
+
+        pipe.vae.encoder.forward = never
+        model.denoiser(x, t, row)
+        model.decode(x)
+
+
+def test_two_threads_may_ask_and_decode_at_once():
+    model = driven(BY_NAME["StableDiffusionPipeline"])
+    x, _, t, row = starts(model, 2)
+    with torch.no_grad():
+        clean, image = model.denoiser(x, t, row), model.decode(x)
+    wrong: list[Any] = []
+
+    def decode() -> None:
+        try:
+            for _ in range(20):
+                with torch.no_grad():
+                    if not torch.equal(model.decode(x), image):
+                        wrong.append("image")
+        except Exception as error:
+            wrong.append(error)
+
+    beside = threading.Thread(target=decode)
+    beside.start()
+    with torch.no_grad():
+        for _ in range(20):
+            assert torch.equal(model.denoiser(x, t, row), clean)
+    beside.join()
+    assert not wrong
+
+
+@contextmanager
+def hooked(pipe: Any) -> Iterator[list[str]]:
+    """Offload hooks as diffusers sets them, on the CPU: notes which part was moved in."""
+    from accelerate.hooks import CpuOffload, add_hook_to_module
+
+    moved: list[str] = []
+
+    class Noted(CpuOffload):
+        def __init__(self, name: str) -> None:
+            super().__init__("cpu")
+            self.name = name
+
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            if not moved or moved[-1] != self.name:
+                moved.append(self.name)
+            return super().pre_forward(module, *args, **kwargs)
+
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            add_hook_to_module(part, Noted(name))
+    yield moved
+
+
+def test_networks_under_offload_hooks_are_driven_and_take_turns():
+    tiny = BY_NAME["FluxPipeline"]
+    plain = driven(tiny)
+    pipe = tiny.build()
+    with hooked(pipe) as moved:
+        model = from_pipeline(pipe, PROMPTS, steps=4, **{
+            k: tiny.call[k] for k in ("height", "width")
+        }, call={"max_sequence_length": tiny.call["max_sequence_length"]})  # fmt: skip
+        assert model.offloaded
+        assert "driven" in model.about
+        moved.clear()
+        run = sample(model, red, BestOfN(10), batch=8, progress=False)
+    other = sample(plain, red, BestOfN(10), batch=8, progress=False)
+    assert torch.equal(run.rewards, other.rewards)
+    assert moved == ["transformer", "vae"]
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+def test_what_depends_on_earlier_steps_is_refused():
+    class Momentum(diffusers.DDIMPipeline):
+        """Guidance that remembers its last correction."""
+
+        @torch.no_grad()
+        def __call__(self, batch_size=1, generator=None, num_inference_steps=4,
+                     output_type="pil", latents=None, return_dict=True):  # fmt: skip
+            from diffusers.utils.torch_utils import randn_tensor
+
+            size = (batch_size, 1, 8, 8)
+            x = randn_tensor(size, generator=generator) if latents is None else latents
+            self.scheduler.set_timesteps(num_inference_steps)
+            last = 0
+            for t in self.scheduler.timesteps:
+                out = self.unet(x, t).sample + 0.5 * last
+                last = out
+                x = self.scheduler.step(out, t, x).prev_sample
+            return (x,)
+
+    with pytest.raises(CannotDriveError, match="depends on earlier steps"):
+        from_pipeline(pixel_pipeline(diffusers.DDIMScheduler(), Momentum), steps=4)
+
+
+def test_what_blends_an_image_in_is_refused():
+    pipe = stable_diffusion()
+    kind = diffusers.StableDiffusionInpaintPipeline
+    inpaint = kind(**pipe.components, requires_safety_checker=False)
+    inpaint.set_progress_bar_config(disable=True)
+    gray = Image.new("RGB", (16, 16), (128, 128, 128))
+    half = Image.new("L", (16, 16))
+    half.paste(255, (0, 0, 8, 16))
+    with pytest.raises(CannotDriveError, match="changes states between steps"):
+        from_pipeline(inpaint, ["a fox"], steps=4, height=16, width=16,
+                      call={"image": gray, "mask_image": half})  # fmt: skip
+
+
+def test_what_starts_from_an_image_is_refused():
+    pipe = stable_diffusion()
+    img2img = diffusers.StableDiffusionImg2ImgPipeline(
+        **pipe.components, requires_safety_checker=False
+    )
+    gray = Image.new("RGB", (16, 16), (128, 128, 128))
+    with pytest.raises(CannotDriveError, match="starts from a noised image"):
+        from_pipeline(img2img, ["a fox"], steps=4, call={"image": gray, "strength": 0.5})
+
+
+def test_a_state_that_is_not_the_one_given_is_noticed_in_every_call():
+    model = driven(BY_NAME["StableDiffusionPipeline"])
+    oracle = model.denoiser.oracle
+    forward = type(oracle.pipe).prepare_latents
+
+    def shifted(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return forward(self, *args, **kwargs) + 1
+
+    vars(oracle.pipe)["prepare_latents"] = shifted.__get__(oracle.pipe)
+    x, _, t, row = starts(model, 1)
+    with pytest.raises(NotSeenError):
+        model.denoiser(x, t, row)
+
+
+BAD = [
+    ({"call": {"latents": 1}}, "set by the run"),
+    ({"call": {"prompt": "x"}}, "give prompts="),
+    ({"call": {"num_inference_steps": 3}}, "give steps="),
+    ({"call": {"controlnet_scale": 1}}, "does not take"),
+    ({"route": "fast"}, "route='fast'"),
+    ({"prompts": "a fox"}, r"give \['a fox'\]"),
+    ({"prompts": [1]}, "prompts has 1"),
+    ({"call": {"image": None}, "route": "native"}, "native adapters take no image"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BAD)
+def test_a_mistake_is_named(options, words):
+    options = {"prompts": ["a fox"], "route": "driven", "steps": 4, **options}
+    with pytest.raises(ValueError, match=words):
+        from_pipeline(stable_diffusion(), **options)
+
+
+def test_the_opening_notices_a_batch_that_leaks(monkeypatch):
+    """Break it on purpose: a network whose second row sees the first is not called with both."""
+    tiny = BY_NAME["StableDiffusionPipeline"]
+    pipe = tiny.build()
+    forward = pipe.unet.forward
+
+    def leaking(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(x + 0.01 * x[:1].mean() * (len(x) > 2), *args, **kwargs)
+
+    monkeypatch.setattr(pipe.unet, "forward", leaking)
+    model = driven(tiny, pipe)
+    assert isinstance(model.denoiser, DrivenDenoiser)
+    assert not model.denoiser.batches
+    x, _, t, row = starts(model, 3)
+    with torch.no_grad():
+        assert torch.equal(model.denoiser(x, t, row), one_by_one(model, x, t, row))
