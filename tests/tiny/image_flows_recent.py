@@ -10,6 +10,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HunyuanImagePipeline,
     HunyuanImageTransformer2DModel,
+    Kandinsky5T2IPipeline,
+    Kandinsky5Transformer3DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
     LongCatImagePipeline,
@@ -23,6 +25,7 @@ from tests.tiny.parts import (
     WIDTH,
     Tiny,
     byte_tokenizer,
+    clip,
     kl,
     learn,
     lively,
@@ -30,6 +33,7 @@ from tests.tiny.parts import (
     t5,
     wan_vae,
 )
+from tests.tiny_pipelines import tokenizer
 
 SIZE = 16
 SQUARE = {"height": SIZE, "width": SIZE}
@@ -170,11 +174,39 @@ def ernie():
     )
 
 
+def kandinsky_5():
+    pipe = Kandinsky5T2IPipeline(
+        transformer=lively(
+            Kandinsky5Transformer3DModel(
+                in_text_dim=WIDTH,
+                in_text_dim2=WIDTH,
+                time_dim=16,
+                model_dim=32,
+                ff_dim=32,
+                num_text_blocks=1,
+                num_visual_blocks=1,
+                axes_dims=(4, 6, 6),
+            )
+        ),
+        vae=kl(),
+        text_encoder=qwen_vl(),
+        tokenizer=byte_tokenizer(),
+        text_encoder_2=clip(positions=77),
+        tokenizer_2=tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+    learn(pipe.tokenizer, pipe.prompt_template)
+    pipe.resolutions = [(4 * SIZE, 4 * SIZE)]  # it takes the nearest of these
+    return pipe
+
+
 def families():
+    by_eight = {"height": 64, "width": 64}  # asks for 1/8 of it, whatever the autoencoder's scale
     return [
         Tiny("Krea2Pipeline", krea_2, {**CALL}),
         Tiny("HunyuanImagePipeline", hunyuan_image, SQUARE),
         Tiny("BriaPipeline", bria, CALL),
         Tiny("LongCatImagePipeline", longcat, {**SQUARE, "enable_prompt_rewrite": False}),
+        Tiny("Kandinsky5T2IPipeline", kandinsky_5, {**CALL, **by_eight}),
         Tiny("ErnieImagePipeline", ernie, {**SQUARE, "use_pe": False}),
     ]

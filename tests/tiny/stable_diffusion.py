@@ -48,9 +48,8 @@ def unet(channels=4, **options):
         UNet2DConditionModel(
             sample_size=SIZE,
             in_channels=channels,
-            out_channels=4,
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            **{**UNET, "cross_attention_dim": WIDTH, **options},
+            **{**UNET, "out_channels": 4, "cross_attention_dim": WIDTH, **options},
         )
     )
 
