@@ -23,10 +23,10 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks import shapes
 from benchmarks.report import finish, header
 from steering import Model, from_pipeline, noise
 from steering.pipelines.request import networks
+from tests.shaped_pipelines import NAMES, shaped
 from tests.tiny import Tiny, families
 
 GOAL_MS = 5.0
@@ -69,7 +69,7 @@ def beside_the_network(tiny: Tiny, repeats: int) -> float:
 
 def paired(name: str, device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
     """Wall milliseconds a row of a shaped pipeline, driven and native, by states in a call."""
-    pipe = shapes.shaped(name, device, torch.bfloat16)
+    pipe = shaped(name, device, torch.bfloat16)
     models = {
         route: from_pipeline(pipe, ["a red fox"], steps=50, route=route)  # type: ignore[arg-type]
         for route in ("native", "driven")
@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="every fifth pipeline, few queries")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shape", nargs="*", default=[], choices=shapes.NAMES)
+    parser.add_argument("--shape", nargs="*", default=[], choices=NAMES)
     args = parser.parse_args()
     torch.set_num_threads(1)
     header()

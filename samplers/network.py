@@ -16,10 +16,10 @@ class Network:
     """Counts what its denoiser is called for; `rows` [R, T] int64 is the price of every call.
 
     Networks are not bit-equal over batch sizes below 16, and compiled graphs want few shapes, so
-    a call is filled up to one of a few sizes with copies of its first row; not beyond `batch`, which
-    is what memory was said to hold, unless states are small and on a CPU. On a CPU, where a
-    batch gains little and caches are small, a batch of images goes in several calls (32 images of
-    28 x 28 at a time), never below 16 rows.
+    a call is filled up to one of a few sizes with copies of its first row, not beyond `batch` (what
+    memory was said to hold) unless states are small and on a CPU. On a CPU, where a batch gains
+    little and caches are small, a batch of images goes in several calls (32 images of 28 x 28 at a
+    time), never below 16 rows.
     """
 
     def __init__(self, model: Model, ledger: Ledger, batch: int) -> None:
