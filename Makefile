@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint gpu-bench clean
+.PHONY: demo test lint gpu-bench gpu-check clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.core-stamp
@@ -23,6 +23,10 @@ lint: .venv/.dev-stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+gpu-check: .venv/.core-stamp
+	$(BIN)/python -m benchmarks.gpu_check | tee benchmarks/results/gpu_check.txt
+	$(BIN)/python -m benchmarks.driven_cost --device cuda | tee benchmarks/results/driven_cost_gpu.txt
 
 gpu-bench: .venv/.core-stamp
 	$(BIN)/python -m benchmarks.even_digits --device cuda --nfe 100000 300000 1000000

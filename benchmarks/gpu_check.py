@@ -228,7 +228,7 @@ def flux_on_a_small_card(bench: Bench) -> dict[str, Any]:
     if not bench.on_gpu:
         return {}
     total = torch.cuda.get_device_properties(bench.device).total_memory
-    pipe = shaped("flux", torch.device("cpu"), torch.bfloat16)
+    pipe = shaped("flux", bench.device, torch.bfloat16).to("cpu")
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, CARD / total))
     pipe.enable_model_cpu_offload(device=bench.device)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from samplers import journal
 from samplers.core import Budget, Sampler
 from samplers.engine import Engine, Settings
+from samplers.footprint import footprint
 from samplers.progress import Progress
 from samplers.result import Result, assemble
 from samplers.scoring import OnError, reward_name
@@ -71,7 +73,8 @@ def sample(
         batch: walks that share a network call.
         on_error: "fail": a reward that raises or is not finite makes a failed walk, never selected;
             "raise": it ends the run. Programming errors (a wrong shape, a TypeError) always do.
-        progress: show a bar with the best and the mean reward, and in a notebook their curve.
+        progress: show a bar with the best and the mean reward, and in a notebook their curve; on a
+            GPU first the memory that the run will take.
         record: folder to keep the run in as it goes; an interrupted run goes on from there, and so
             does a finished one when it is asked for with a larger nfe or reward_calls.
 
@@ -100,6 +103,9 @@ def sample(
             f"guidance is off at steps {', '.join(map(str, quiet))}, where no noise is drawn.",
             stacklevel=2,
         )
+    expected = footprint(model, batch) if progress else None
+    if expected is not None:
+        tqdm.write(str(expected))
     book = None
     if record is not None and journal.exists(record):
         saved = journal.read(record)
