@@ -81,12 +81,23 @@ class Result:
 
     @property
     def images(self) -> list[Image.Image]:
-        """K PIL images, in the order of `rewards`."""
-        if self.items.ndim != 4 or self.items.shape[1] not in (1, 3):
-            shape = tuple(self.items.shape)
-            raise TypeError(f"items of shape {shape} are no images [K, 1 or 3, H, W]: use .items.")
-        pixels = (self.items * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-        return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
+        """K PIL images, in the order of `rewards`; of a clip its middle frame.
+
+        Raises:
+            TypeError: items that are neither images nor clips: use `items`.
+        """
+        return _pictures(middle_frame(self.items))
+
+    @property
+    def clips(self) -> list[list[Image.Image]]:
+        """K clips, each a list of PIL images.
+
+        Raises:
+            TypeError: items are no clips [K, F, C, H, W].
+        """
+        if self.items.ndim != 5:
+            raise TypeError(f"items of shape {tuple(self.items.shape)} are no clips: use .images.")
+        return [_pictures(frames) for frames in self.items]
 
     @property
     def best(self) -> int:
@@ -100,8 +111,9 @@ class Result:
         return self._engine.states(ids.tolist())
 
     def thumbnails(self, ids: Tensor) -> Tensor:
-        """[N, ...] decoded items of handles [N], inner nodes as they are, on the CPU."""
-        return decode(self._engine, ids, torch.ones(len(ids), dtype=torch.bool))
+        """[N, ...] decoded items of handles [N], inner nodes as they are, on the CPU; of clips the
+        middle frames."""
+        return middle_frame(decode(self._engine, ids, torch.ones(len(ids), dtype=torch.bool)))
 
     def save(self, folder: str | Path) -> None:
         """Write the record of the run: a journal and its states; `samplers.load` reads it, and what
@@ -170,6 +182,19 @@ class Result:
         if self.failed and spent.first_error:
             lines.append(f"first failure of the reward: {spent.first_error}")
         return "\n".join(lines)
+
+
+def middle_frame(items: Tensor) -> Tensor:
+    """[N, C, H, W] of clips [N, F, C, H, W]; anything else as it is."""
+    return items[:, items.shape[1] // 2] if items.ndim == 5 else items
+
+
+def _pictures(items: Tensor) -> list[Image.Image]:
+    if items.ndim != 4 or items.shape[1] not in (1, 3):
+        shape = tuple(items.shape)
+        raise TypeError(f"items of shape {shape} are no images [K, 1 or 3, H, W]: use .items.")
+    pixels = (items * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
 
 
 def decode(engine: Engine, ids: Tensor, finished: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Pictures: what is drawn, where, and in which colour."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -197,3 +198,26 @@ def test_viridis_grows_lighter_all_the_way():
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text
+
+
+def test_clips_are_written_as_animations_and_shown_by_their_middle_frames(tmp_path):
+    from samplers import TreeSearch, sample
+    from samplers.view.files import write_files
+    from tests.brownian import brownian
+
+    frames = torch.linspace(0, 1, 5).view(1, 5, 1, 1, 1)
+    model = dataclasses.replace(
+        brownian(),
+        decode=lambda x: frames.expand(len(x), 5, 3, 8, 8) * x[:, 0].sigmoid().view(-1, 1, 1, 1, 1),
+    )
+    run = sample(model, lambda clips, _: clips.mean((1, 2, 3, 4)), TreeSearch(branch="even"),
+                 nfe=300, draws=3, progress=False)  # fmt: skip
+    assert len(run.clips) == run.distinct
+    assert all(len(clip) == 5 for clip in run.clips)
+    assert run.images[0].tobytes() == run.clips[0][2].tobytes()
+    write_files(run, tmp_path, {})
+    with Image.open(tmp_path / "images" / "0000.webp") as clip:
+        assert clip.n_frames == 5
+        clip.seek(4)
+        assert clip.convert("RGB").tobytes() == run.clips[0][4].tobytes()
+    assert (tmp_path / "tree.png").exists()

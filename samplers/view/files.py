@@ -19,13 +19,14 @@ from samplers.view.strip import strip
 from samplers.view.tree import tree_picture
 
 _MOST_IN_GRID, _MOST_TREES = 64, 4
+_FRAME_MS = 125  # of a clip
 
 
 def write_files(result: Result, folder: Path, settings: dict[str, Any]) -> list[Path]:
     """Write grid.png, images/, tree.png, tree.html, strip.png, curve.png and result.json.
 
     Args:
-        result: items must be images.
+        result: items must be images or clips; pictures show clips by their middle frames.
         folder: made if missing; files of the same name are replaced.
         settings: how the run was asked for, kept in result.json as it is given.
 
@@ -111,8 +112,13 @@ def account(result: Result) -> dict[str, Any]:
 
 def _images(result: Result, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("[0-9][0-9][0-9][0-9].png"):
+    for old in folder.glob("[0-9][0-9][0-9][0-9].*"):
         old.unlink()
+    if result.items.ndim == 5:
+        for k, (first, *others) in enumerate(result.clips):
+            clip = {"save_all": True, "append_images": others, "duration": _FRAME_MS, "loop": 0}
+            first.save(folder / f"{k:04d}.webp", lossless=True, **clip)
+        return folder
     for k, image in enumerate(result.images):
         image.save(folder / f"{k:04d}.png")
     return folder
