@@ -7,6 +7,7 @@ from importlib import import_module
 from numbers import Real
 from typing import Any
 
+from steering.cfg import ClassifierFree
 from steering.core import Model
 from steering.pipelines.request import Request, as_tuple
 
@@ -16,7 +17,10 @@ FAMILIES = {
     "DDPMPipeline": "unet2d",
     "DDIMPipeline": "unet2d",
     "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl",
     "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "DiTPipeline": "dit",
 }
 
 
@@ -30,24 +34,30 @@ def from_pipeline(
     width: int | None = None,
     negative_prompts: Sequence[Any] | None = None,
     guidance_scale: float | Sequence[float] | None = None,
+    cfg: ClassifierFree | None = None,
 ) -> Model:
     """The model that a diffusers pipeline holds: its network, its chain, its decoder.
 
     Every prompt is encoded once, into a row of a table that walks refer to. The pipeline is left as
-    it was found. Its safety checker is not run.
+    it was found. Its safety checker is not run, and no watermark is added.
 
     Args:
-        pipe: a DDPM, DDIM, Stable Diffusion 1.x/2.x or Stable Diffusion 3 pipeline.
-        prompts: texts, or class labels for a class-conditional pixel model; R of them. None for
-            unconditional models.
+        pipe: a DDPM, DDIM, DiT, Stable Diffusion 1.x/2.x, SDXL, Stable Diffusion 3 or FLUX.1
+            pipeline.
+        prompts: texts, or class labels for DiT and class-conditional pixel models; R of them. None
+            for unconditional models.
         steps: T, on the grid of the pipeline's own scheduler.
         eta: share of new noise in each step, 0..1; 0 is the pipeline's deterministic chain. None:
             the scheduler's own stochastic kernel where it has one (DDPM, LCM, TCD), else 1, because
             a chain without noise has nothing to branch on.
         height, width: in pixels; the pipeline's own when None.
-        negative_prompts: one per prompt; empty texts when None. For class labels, the null class.
+        negative_prompts: one per prompt; what the pipeline takes for none (an empty text, or
+            zeros) when None. For class labels of pixel models, the null class.
         guidance_scale: one number, or one per prompt; the pipeline's default when None. Rows at
-            1 or below cost one network row, the others two.
+            1 or below cost one network row, the others two. Where the scale is an input of the
+            network (FLUX, LCM) all cost one.
+        cfg: the rule of classifier-free guidance, from `steering.cfg`; plain extrapolation when
+            None. Steps that it does not guide cost one network row.
 
     Raises:
         ValueError: a pipeline, scheduler or argument that is not supported, by name.
@@ -78,5 +88,6 @@ def from_pipeline(
         as_tuple("prompts", prompts),
         as_tuple("negative_prompts", negative_prompts),
         guidance_scale,
+        cfg,
     )
     return import_module(f"{__name__}.{family}").build(pipe, request)
