@@ -188,6 +188,14 @@ def test_dits_labels_are_not_dropped_in_training_mode():
         assert torch.equal(call(model, [0] * 64), expected)
 
 
+def test_texts_are_encoded_without_dropout():
+    pipe = flux()
+    expected = from_pipeline(pipe, ["cat"], steps=4).denoiser.positive
+    pipe.text_encoder_2.train()  # which T5 has
+    found = from_pipeline(pipe, ["cat"], steps=4).denoiser.positive
+    assert torch.equal(found["encoder_hidden_states"], expected["encoder_hidden_states"])
+
+
 def test_sdxl_without_negative_prompts_is_guided_away_from_zeros():
     pipe = stable_diffusion_xl()
     table = from_pipeline(pipe, ["cat"], steps=4).denoiser.negative
