@@ -27,11 +27,16 @@ from torch import Tensor
 
 from benchmarks.report import finish, header
 from steering import Model, from_pipeline, noise
+from steering.cfg import Rescale
 from tests.tiny_pipelines import (
     SD_SCHEDULE,
+    SDXL_SCHEDULE,
+    dit,
+    flux,
     pixel_pipeline,
     stable_diffusion,
     stable_diffusion_3,
+    stable_diffusion_xl,
 )
 
 diffusers: Any = importlib.import_module("diffusers")  # whose exports type checkers do not see
@@ -39,6 +44,14 @@ TOLERANCE = 1e-4
 PROMPTS = ["cat", "two long dogs"]
 NEGATIVE = {"negative_prompts": ["dog", "a red cat"]}
 TEXT = {"prompts": PROMPTS, "guidance_scale": 3.0}
+RESCALED = {"cfg": Rescale(0.7)}
+# images of a few tokens: move the shift's range to where it tells them apart
+DYNAMIC = {
+    "use_dynamic_shifting": True,
+    "base_image_seq_len": 32,
+    "max_image_seq_len": 128,
+    "max_shift": 3.0,
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,14 @@ class Case:
 
 
 def cases() -> list[Case]:
-    return [*_pixel_cases(), *_stable_diffusion_cases(), *_stable_diffusion_3_cases()]
+    return [
+        *_pixel_cases(),
+        *_dit_cases(),
+        *_stable_diffusion_cases(),
+        *_stable_diffusion_xl_cases(),
+        *_stable_diffusion_3_cases(),
+        *_flux_cases(),
+    ]
 
 
 def _scheduler(name: str, **settings: Any) -> Any:
@@ -98,6 +118,26 @@ def _pixel_cases() -> list[Case]:
     return [*plain, labelled]
 
 
+def _dit_cases() -> list[Case]:
+    linear: dict[str, Any] = {"clip_sample": False}
+    guided = {"prompts": [3, 700], "guidance_scale": 3.0}
+    chains = [
+        ("DDIM", "DDIM", linear, {"eta": 0.0}, {}),
+        ("DDIM, a scale per row", "DDIM", linear, {"guidance_scale": [4.0, 1.0]}, {}),
+        ("DDIM, no learned variance", "DDIM", linear, {}, {"learned_variance": False}),
+        ("DDPM", "DDPM", linear, {"eta": None}, {}),
+        ("DPM++ of order 1", "DPMSolverMultistep", {"solver_order": 1}, {}, {}),
+    ]
+    return [
+        _swap_case(
+            f"DiT: {name}",
+            partial(dit, _scheduler(kind, **settings), **built),
+            {**guided, "eta": 0.0, **options},
+        )
+        for name, kind, settings, options, built in chains
+    ]
+
+
 def _stable_diffusion_cases() -> list[Case]:
     betas = {k: SD_SCHEDULE[k] for k in ("beta_schedule", "beta_start", "beta_end")}
     ddim: dict[str, Any] = {**SD_SCHEDULE, "clip_sample": False}
@@ -126,6 +166,7 @@ def _stable_diffusion_cases() -> list[Case]:
         ("Euler-ancestral, leading", "EulerAncestralDiscrete", betas | leading, {}),
         ("DPM++ of order 1", "DPMSolverMultistep", betas | {"solver_order": 1}, ode),
         ("TCD", "TCD", SD_SCHEDULE, {"eta": 0.3, "steps": 4}),
+        ("DDIM, rescaled guidance", "DDIM", ddim, {**ode, "guidance_scale": 10.0, **RESCALED}),
     ]
     guided = [
         _text_case("Stable Diffusion", name, stable_diffusion, _scheduler(kind, **extra), options)
@@ -140,20 +181,48 @@ def _stable_diffusion_cases() -> list[Case]:
     return [*guided, student]
 
 
+def _stable_diffusion_xl_cases() -> list[Case]:
+    betas = {k: SDXL_SCHEDULE[k] for k in ("beta_schedule", "beta_start", "beta_end")}
+    ode = {"eta": 0.0}
+    ddim: dict[str, Any] = {**SD_SCHEDULE, "clip_sample": False}
+    turbo = {"guidance_scale": 0.0, "steps": 4}
+    none = {"negative_prompts": ["", ""]}
+    ancestral = betas | {"timestep_spacing": "trailing"}
+    chains = [
+        ("Euler", "EulerDiscrete", SDXL_SCHEDULE, ode, {}),
+        ("Euler, negative prompts", "EulerDiscrete", SDXL_SCHEDULE, {**ode, **NEGATIVE}, {}),
+        ("Euler, empty negative prompts", "EulerDiscrete", SDXL_SCHEDULE, {**ode, **none}, {}),
+        (
+            "Euler, no zeros for no prompt",
+            "EulerDiscrete",
+            SDXL_SCHEDULE,
+            ode,
+            {"force_zeros_for_empty_prompt": False},
+        ),
+        ("Euler, 32 x 16", "EulerDiscrete", SDXL_SCHEDULE, {**ode, "height": 32, "width": 16}, {}),
+        ("DDIM", "DDIM", ddim, ode, {}),
+        ("DDIM, rescaled guidance", "DDIM", ddim, {**ode, **RESCALED}, {}),
+        ("Euler-ancestral, unguided", "EulerAncestralDiscrete", ancestral, turbo, {}),
+    ]
+    return [
+        _text_case(
+            "Stable Diffusion XL",
+            name,
+            partial(stable_diffusion_xl, **built),
+            _scheduler(kind, **settings),
+            options,
+        )
+        for name, kind, settings, options, built in chains
+    ]
+
+
 def _stable_diffusion_3_cases() -> list[Case]:
-    # images of a few tokens: move the shift's range to where it tells them apart
-    dynamic: dict[str, Any] = {
-        "use_dynamic_shifting": True,
-        "base_image_seq_len": 32,
-        "max_image_seq_len": 128,
-        "max_shift": 3.0,
-    }
     ode = {"eta": 0.0}
     chains = [
         ("shift 3", {"shift": 3.0}, ode),
         ("negative prompts", {"shift": 3.0}, {**ode, **NEGATIVE}),
-        ("dynamic shift, 16 x 16", dynamic, ode),
-        ("dynamic shift, 32 x 16", dynamic, {**ode, "height": 32, "width": 16}),
+        ("dynamic shift, 16 x 16", DYNAMIC, ode),
+        ("dynamic shift, 32 x 16", DYNAMIC, {**ode, "height": 32, "width": 16}),
         ("Karras", {"use_karras_sigmas": True}, ode),
         ("re-noising", {"shift": 3.0, "stochastic_sampling": True}, {}),
     ]
@@ -169,13 +238,47 @@ def _stable_diffusion_3_cases() -> list[Case]:
     ]
 
 
+def _flux_cases() -> list[Case]:
+    dev = [
+        ("dev, dynamic shift", DYNAMIC, {}),
+        ("dev, dynamic shift, 32 x 16", DYNAMIC, {"height": 32, "width": 16}),
+        ("dev, a scale per row", DYNAMIC, {"guidance_scale": [3.5, 10.0]}),
+        ("dev, shift 3", {"shift": 3.0}, {}),
+        ("dev, Karras", {"use_karras_sigmas": True}, {}),
+    ]
+    cases = [
+        _text_case("FLUX", name, flux, _scheduler("FlowMatchEulerDiscrete", **settings), options)
+        for name, settings, options in [(n, s, {"eta": 0.0, **o}) for n, s, o in dev]
+    ]
+    student = {"prompts": PROMPTS, "steps": 4}
+    schnell = [
+        ("schnell", {}, {**student, "eta": 0.0}),
+        ("schnell, re-noising", {"stochastic_sampling": True}, student),
+    ]
+    for name, settings, options in schnell:
+        scheduler = _scheduler("FlowMatchEulerDiscrete", **settings)
+        pipe = partial(flux, scheduler, guidance=False)
+        cases.append(Case(f"FLUX: {name}", pipe, options, {"swapped": {"prompts": PROMPTS[::-1]}}))
+    return cases
+
+
 def _text_case(family: str, name: str, build: Any, scheduler: Any, options: Any) -> Case:
-    others = {"swapped": {"prompts": PROMPTS[::-1]}, "unguided": {"guidance_scale": 1.0}}
-    if isinstance(options.get("guidance_scale"), list):  # whose second row is unguided already
-        others["unguided"] = {"guidance_scale": options["guidance_scale"][::-1]}
+    return _swap_case(f"{family}: {name}", partial(build, scheduler), {**TEXT, **options})
+
+
+def _swap_case(name: str, pipe: Callable[[], Any], options: dict[str, Any]) -> Case:
+    """A case with prompts; the others swap them, drop guidance, its rule, or the height."""
+    others = {"swapped": {"prompts": options["prompts"][::-1]}}
+    scale = options["guidance_scale"]
+    if isinstance(scale, list):  # one of whose rows is unguided already
+        others["other scales"] = {"guidance_scale": scale[::-1]}
+    elif scale > 1:
+        others["unguided"] = {"guidance_scale": 1.0}
+    if "cfg" in options:
+        others["plain"] = {"cfg": None}
     if "height" in options:
         others["16 x 16"] = {"height": 16}
-    return Case(f"{family}: {name}", partial(build, scheduler), {**TEXT, **options}, others)
+    return Case(name, pipe, options, others)
 
 
 @torch.no_grad()
@@ -214,10 +317,17 @@ def pipeline_images(
         scale = scale[row] if isinstance(scale, list) else scale
         negative = options["negative_prompts"][row] if "negative_prompts" in options else None
         one = key[k : k + 1]
-        if "prompt" in inspect.signature(pipe.__call__).parameters:
-            call |= {"prompt": prompt, "negative_prompt": negative, "guidance_scale": scale}
+        known = inspect.signature(pipe.__call__).parameters
+        if "prompt" in known:
+            call |= {"prompt": prompt, "negative_prompt": negative}
             call["latents"] = (1 + nudge) * noise.normal(one, shape)
-        if "eta" not in inspect.signature(pipe.__call__).parameters:
+        if "class_labels" in known:
+            call["class_labels"] = [prompt]
+        if "guidance_scale" in known and scale is not None:
+            call["guidance_scale"] = scale
+        if "cfg" in options:
+            call["guidance_rescale"] = options["cfg"].phi
+        if "eta" not in known:
             call.pop("eta", None)
         with _drawing(pipe, one, nudge), _labelled(pipe, prompt, negative, scale):
             images.append(pipe(**call).images)
@@ -253,7 +363,7 @@ def _drawing(pipe: Any, key: Tensor, nudge: float) -> Iterator[None]:
 @contextmanager
 def _labelled(pipe: Any, label: Any, null: Any, scale: Any) -> Iterator[None]:
     """Pixel pipelines pass no class label: hand it to the network under them."""
-    if not isinstance(label, int):
+    if not isinstance(label, int) or not hasattr(pipe, "unet"):
         yield
         return
     forward = pipe.unet.forward

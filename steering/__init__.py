@@ -8,9 +8,9 @@ from steering.core import Model
 from steering.pipelines import from_pipeline
 
 if TYPE_CHECKING:
-    from steering import metrics, rewards, zoo
+    from steering import cfg, metrics, rewards, zoo
 
-__all__ = ["Model", "from_pipeline", "metrics", "rewards", "zoo"]
+__all__ = ["Model", "cfg", "from_pipeline", "metrics", "rewards", "zoo"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -39,7 +39,7 @@ class NormalTransition:
         if self.std.device.type == "cpu" and not self.std.any():
             return self.mean
         noise = normal(key, self.mean.shape[1:])
-        return self.mean + _over_data(self.std, noise) * noise
+        return self.mean + over_data(self.std, noise) * noise
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density [N] float64 of x [N, *D], summed over the data; 0 where std = 0."""
@@ -152,7 +152,7 @@ class DynamicThreshold:
 
     def __call__(self, clean: Tensor) -> Tensor:
         limit = clean.flatten(1).abs().quantile(self.quantile, dim=1).clamp(1, self.ceiling)
-        limit = _over_data(limit, clean)
+        limit = over_data(limit, clean)
         return clean.clamp(-limit, limit) / limit
 
 
@@ -207,12 +207,12 @@ class GaussianProcess:
 
     def transition(self, x: Tensor, i: Tensor, clean: Tensor) -> NormalTransition:
         on_x, on_bound, on_raw, std = _rows(self._table, i).unbind(1)
-        mean = _over_data(on_x, x) * x
+        mean = over_data(on_x, x) * x
         if self.bound is None:
-            mean = mean + _over_data(on_bound + on_raw, x) * clean
+            mean = mean + over_data(on_bound + on_raw, x) * clean
         else:
             bounded = self.bound(clean)
-            mean = mean + _over_data(on_bound, x) * bounded + _over_data(on_raw, x) * clean
+            mean = mean + over_data(on_bound, x) * bounded + over_data(on_raw, x) * clean
         return NormalTransition(mean, std)
 
     def to(self, device: torch.device | str) -> GaussianProcess:
@@ -308,24 +308,30 @@ class ToClean:
         """Clean guesses [N, *D] from output and x [N, *D] at network times t [N]."""
         if self.prediction == "sample":
             return output
-        alpha, sigma = (_over_data(level, x) for level in self._levels(t))
+        alpha, sigma = (over_data(level, x) for level in self._table[:, self.step(t)])
         if self.prediction == "epsilon":
             return (x - sigma * output) / alpha
         if self.prediction == "v_prediction":
             return alpha * x - sigma * output
         return x - sigma * output
 
-    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        times, alpha, sigma = self._sorted
+    def step(self, t: Tensor) -> Tensor:
+        """Steps [N] int64 of network times t [N], on the chain's device; -1 off its grid."""
+        times, order = self._sorted
         at = torch.searchsorted(times, t.to(times)).clamp(max=len(times) - 1)
-        known = times[at] == t
-        return torch.where(known, alpha[at], torch.nan), torch.where(known, sigma[at], torch.nan)
+        return torch.where(times[at] == t, order[at], -1)
 
     @cached_property
-    def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _sorted(self) -> tuple[Tensor, Tensor]:
         times, order = self.process.times.sort()
-        alpha, sigma = self.process.alpha[order].float(), self.process.sigma[order].float()
-        return times, alpha, sigma
+        return times, order
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """[2, T + 1] float32: alpha and sigma that each step leaves; nan last, where -1 points."""
+        table = torch.stack([self.process.alpha, self.process.sigma]).float()
+        table[:, -1] = torch.nan
+        return table
 
 
 def _through(shape, alpha: Tensor, sigma: Tensor, times, eta: float, bound) -> GaussianProcess:
@@ -340,6 +346,6 @@ def _rows(table: Tensor, i: Tensor) -> Tensor:
     return table[i.to(table.device)]
 
 
-def _over_data(value: Tensor, x: Tensor) -> Tensor:
+def over_data(value: Tensor, x: Tensor) -> Tensor:
     """[N] -> [N, 1, ...], to broadcast over the data of x [N, *D]."""
     return value.view(-1, *[1] * (x.dim() - 1))

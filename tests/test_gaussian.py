@@ -128,6 +128,15 @@ def test_a_time_off_the_grid_has_no_guess():
     chain = gaussian.flow((1,), SIGMA, eta=0.0)
     guess = ToClean(chain, "flow")(torch.ones(3, 1), torch.ones(3, 1), torch.tensor([3.0, 3.5, 99]))
     assert guess.isnan().flatten().tolist() == [False, True, True]
+    # and a time on it names its step, whichever way the times run
+    times = torch.tensor([900.0, 400.5, 7.0])
+    down = gaussian.flow((1,), torch.linspace(1, 0, 4), times=times)
+    assert ToClean(down, "flow").step(torch.tensor([7.0, 900, 400.5, 400])).tolist() == [
+        2,
+        0,
+        1,
+        -1,
+    ]
 
 
 def test_clipping_takes_the_clipped_guess_and_the_raw_noise():

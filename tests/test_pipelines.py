@@ -8,16 +8,27 @@ import pytest
 import torch
 
 from benchmarks import parity
-from steering import from_pipeline, noise
+from steering import cfg, from_pipeline, noise
 from steering.pipelines.latent import PIXELS_AT_ONCE, LatentDecoder
+from steering.pipelines.request import NotNativeError
 from tests.tiny_pipelines import (
     autoencoder,
+    dit,
+    flux,
     pixel_pipeline,
     stable_diffusion,
     stable_diffusion_3,
+    stable_diffusion_xl,
 )
 
 CASES = parity.cases()
+ASKED = {  # every latent family, and two conditions to ask of it
+    stable_diffusion: ["cat", "dog"],
+    stable_diffusion_xl: ["cat", "dog"],
+    stable_diffusion_3: ["cat", "dog"],
+    flux: ["cat", "dog"],
+    dit: [3, 700],
+}
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -49,14 +60,24 @@ def test_rows_above_scale_1_cost_two():
     assert model.prompts == ("cat", "dog", "cow")
 
 
-@pytest.mark.parametrize("family", [stable_diffusion, stable_diffusion_3])
-def test_guidance_scale_defaults_to_the_pipelines_own(family):
-    pipe = family()
-    default = {stable_diffusion: 7.5, stable_diffusion_3: 7.0}[family]
+@pytest.mark.parametrize(
+    ("family", "default"),
+    [
+        (stable_diffusion, 7.5),
+        (stable_diffusion_xl, 5.0),
+        (stable_diffusion_3, 7.0),
+        (flux, 3.5),
+        (dit, 4.0),
+    ],
+)
+def test_guidance_scale_defaults_to_the_pipelines_own(family, default):
+    pipe, asked = family(), ASKED[family][:1]
     with torch.no_grad():
-        plain = call(from_pipeline(pipe, ["cat"], steps=4), [0])
-        named = call(from_pipeline(pipe, ["cat"], steps=4, guidance_scale=default), [0])
+        plain = call(from_pipeline(pipe, asked, steps=4), [0])
+        named = call(from_pipeline(pipe, asked, steps=4, guidance_scale=default), [0])
+        other = call(from_pipeline(pipe, asked, steps=4, guidance_scale=default + 1), [0])
     assert torch.equal(plain, named)
+    assert not torch.equal(plain, other)
 
 
 def test_a_student_distilled_on_its_scale_costs_one():
@@ -90,9 +111,9 @@ def test_the_guess_is_raw_and_the_process_clips():
     assert model.process.transition(x, i, clean).mean.abs().max() <= 1  # ends at bound(clean)
 
 
-@pytest.mark.parametrize("family", [stable_diffusion, stable_diffusion_3])
+@pytest.mark.parametrize("family", ASKED)
 def test_images_are_differentiable_in_the_state(family):
-    model = from_pipeline(family(), ["cat", "dog"], steps=4, guidance_scale=[3.0, 1.0])
+    model = from_pipeline(family(), ASKED[family], steps=4, guidance_scale=[3.0, 1.0])
     x = model.process.prior(noise.root_key(0, torch.arange(2))).requires_grad_()
     i = torch.tensor([1, 2])
     clean = model.denoiser(x, model.process.time(i), torch.arange(2))
@@ -101,10 +122,10 @@ def test_images_are_differentiable_in_the_state(family):
     assert (gradient.flatten(1).abs().sum(1) > 0).all()
 
 
-@pytest.mark.parametrize("family", [stable_diffusion, stable_diffusion_3])
+@pytest.mark.parametrize("family", ASKED)
 def test_a_bfloat16_network_runs_under_float32_kernels(family):
     pipe = family().to(torch.bfloat16)
-    model = from_pipeline(pipe, ["cat"], steps=4)
+    model = from_pipeline(pipe, ASKED[family], steps=4)
     x = model.process.prior(noise.root_key(0, torch.arange(1)))
     with torch.no_grad():
         clean = call(model, [0])
@@ -129,17 +150,18 @@ def state_of(pipe):
     return parts, dict(scheduler.config), scheduler.timesteps.tolist(), id(scheduler)
 
 
-@pytest.mark.parametrize("family", [stable_diffusion, stable_diffusion_3])
+@pytest.mark.parametrize("family", ASKED)
 def test_the_pipe_is_left_as_it_was_found(family):
     pipe = family()
-    pipe.text_encoder.train()
+    if hasattr(pipe, "text_encoder"):
+        pipe.text_encoder.train()
     networks = [pipe.unet if hasattr(pipe, "unet") else pipe.transformer, pipe.vae]
     for network in networks:
         network.train()
     networks[0].requires_grad_(False)
     pipe.scheduler.set_timesteps(3)
     before = copy.deepcopy(state_of(pipe)[:3]), id(pipe.scheduler)
-    model = from_pipeline(pipe, ["cat"], steps=4)
+    model = from_pipeline(pipe, ASKED[family], steps=4)
     with torch.no_grad():
         model.decode(call(model, [0]))
     assert (state_of(pipe)[:3], id(pipe.scheduler)) == before
@@ -156,6 +178,45 @@ def test_a_saved_pipeline_comes_back_as_the_same_chain(tmp_path):
     with torch.no_grad():
         assert torch.equal(*[call(model, [0]) for model in models])
     assert models[0].process.bound is models[1].process.bound is None
+
+
+def test_dits_labels_are_not_dropped_in_training_mode():
+    pipe = dit()
+    model = from_pipeline(pipe, [3], steps=4)
+    with torch.no_grad():
+        expected = call(model, [0] * 64)
+        pipe.transformer.train()
+        assert torch.equal(call(model, [0] * 64), expected)
+
+
+def test_texts_are_encoded_without_dropout():
+    pipe = flux()
+    expected = from_pipeline(pipe, ["cat"], steps=4).denoiser.positive
+    pipe.text_encoder_2.train()  # which T5 has
+    found = from_pipeline(pipe, ["cat"], steps=4).denoiser.positive
+    assert torch.equal(found["encoder_hidden_states"], expected["encoder_hidden_states"])
+
+
+def test_sdxl_without_negative_prompts_is_guided_away_from_zeros():
+    pipe = stable_diffusion_xl()
+    table = from_pipeline(pipe, ["cat"], steps=4).denoiser.negative
+    empty = from_pipeline(pipe, ["cat"], steps=4, negative_prompts=[""]).denoiser.negative
+    for name in ("encoder_hidden_states", "text_embeds"):
+        assert not table[name].any()
+        assert empty[name].any()
+    assert table["time_ids"].tolist() == empty["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flux_is_told_sigma_on_the_grid_of_its_pipeline(shift):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    process = from_pipeline(flux(scheduler), ["cat"], steps=4).process
+    even = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+    sigma = shift * even / (1 + (shift - 1) * even)
+    # float32 rounding of numbers up to 1
+    torch.testing.assert_close(process.sigma.float(), sigma, atol=1e-6, rtol=0)
+    torch.testing.assert_close(process.times, sigma[:-1], atol=1e-6, rtol=0)
+    assert process.shape == (16, 16)  # 4 x 4 patches of 4 channels by 2 x 2
 
 
 def test_dropout_is_off_even_in_training_mode():
@@ -218,8 +279,11 @@ def test_a_pipeline_of_a_users_subclass_is_served_unless_it_has_its_own_loop():
 
     name = from_pipeline(pixel_pipeline(ddim(), Renamed), steps=4).name
     assert name.partition("#")[0] == "Renamed"
-    with pytest.raises(ValueError, match="OwnLoop, which is not supported"):
-        from_pipeline(pixel_pipeline(ddim(), OwnLoop), steps=4)
+    assert from_pipeline(pixel_pipeline(ddim(), Renamed), steps=4).about == "native (unet2d)"
+    pipe = pixel_pipeline(ddim(), OwnLoop)
+    with pytest.raises(NotNativeError, match="OwnLoop has no native adapter"):
+        from_pipeline(pipe, steps=4, route="native")
+    assert from_pipeline(pipe, steps=4).about.startswith("driven")
 
 
 def test_another_order_of_solver_is_named_where_the_user_calls():
@@ -239,15 +303,28 @@ def pipes():
         "sd3": stable_diffusion_3(),
         "learned": pixel_pipeline(ddim()),
         "text": "stabilityai/stable-diffusion",
-        "other": object.__new__(diffusers.DiTPipeline),
+        "sdxl": stable_diffusion_xl(),
+        "flux": flux(),
+        "schnell": flux(guidance=False),
+        "dit": dit(),
+        "few": dit(),
+        "fill": flux(),
+        "heun": flux(diffusers.FlowMatchHeunDiscreteScheduler()),
+        "aesthetic": stable_diffusion_xl(),
+        "playground": stable_diffusion_xl(),
+        "other": object.__new__(diffusers.AuraFlowPipeline),
     }
     made["learned"].unet.register_to_config(out_channels=2)
+    made["few"].transformer.register_to_config(num_embeds_ada_norm=10)
+    made["fill"].transformer.register_to_config(in_channels=96)
+    made["aesthetic"].unet.register_to_config(addition_embed_type="text_image")
+    made["playground"].vae.register_to_config(latents_mean=[0.0] * 4)
 
     def never(*_, **__):
         raise AssertionError("a network was called before the arguments were checked")
 
-    for name in ("pixels", "classes", "sd", "sd3", "learned"):
-        for part in made[name].components.values():
+    for pipe in made.values():
+        for part in getattr(pipe, "components", {}).values():
             if isinstance(part, torch.nn.Module):
                 part.forward = never
     return made
@@ -255,7 +332,7 @@ def pipes():
 
 BAD = [
     ("text", {}, "pipe is a str"),
-    ("other", {}, "DiTPipeline, which is not supported"),
+    ("other", {}, "AuraFlowPipeline, no diffusers pipeline"),
     ("learned", {}, "learned variance"),
     ("pixels", {"steps": 0}, "steps=0"),
     ("pixels", {"steps": 1001}, "from 1 to 1000"),
@@ -283,6 +360,30 @@ BAD = [
     ("sd", {"prompts": ["a"], "height": 17}, "height=17"),
     ("sd", {"prompts": ["a"], "width": 16.0}, "width=16.0"),
     ("sd", {"prompts": ["a"], "height": 0}, "height=0"),
+    ("sd", {"prompts": ["a"], "cfg": 0.7}, "cfg=0.7 is no rule"),
+    ("sd", {"prompts": ["a"], "cfg": cfg.Interval(0.1, 0.2)}, "guides none of 4 steps"),
+    ("sdxl", {}, "prompts is missing"),
+    ("sdxl", {"prompts": ["a"], "height": 12}, "height=12"),
+    ("aesthetic", {"prompts": ["a"], "route": "native"}, "addition_embed_type='text_image'"),
+    ("playground", {"prompts": ["a"], "route": "native"}, "latents_mean"),
+    ("flux", {"prompts": ["a"], "width": 10}, "width=10"),
+    ("flux", {"prompts": ["a"], "negative_prompts": ["b"]}, "negative_prompts is given"),
+    ("flux", {"prompts": ["a"], "cfg": cfg.Scale()}, "cfg is given"),
+    ("flux", {"prompts": ["a"], "steps": 0}, "steps=0"),
+    ("flux", {"prompts": ["a"], "steps": 1001}, "from 1 to 1000"),
+    ("flux", {"prompts": ["a"], "steps": 4.0}, "steps=4.0"),
+    ("schnell", {"prompts": ["a"], "guidance_scale": 3.5}, "guidance_scale is given"),
+    ("fill", {"prompts": ["a"], "route": "native"}, "96 channels"),
+    (
+        "heun",
+        {"prompts": ["a"], "route": "native"},
+        "FlowMatchHeunDiscreteScheduler is not supported",
+    ),
+    ("dit", {}, "prompts is missing"),
+    ("dit", {"prompts": [1000]}, "from 0 to 999"),
+    ("dit", {"prompts": [3], "negative_prompts": [1]}, "negative_prompts is given"),
+    ("dit", {"prompts": [3], "height": 32}, "height=32 cannot be had"),
+    ("few", {"prompts": [3], "route": "native"}, "10 classes"),
     ("sd3", {"prompts": ["a"], "width": 15}, "width=15"),
     ("sd3", {"prompts": ["a"], "width": 64}, "at most 32"),
 ]

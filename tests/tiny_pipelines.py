@@ -7,10 +7,16 @@ from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -20,6 +26,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
 )
 
 TOKENS = 16
@@ -29,6 +37,13 @@ SD_SCHEDULE = {
     "beta_end": 0.012,
     "set_alpha_to_one": False,
     "steps_offset": 1,
+}
+SDXL_SCHEDULE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
 }
 
 
@@ -55,34 +70,44 @@ def stable_diffusion(scheduler=None, guidance_embedding=None, size=8):
     """Stable Diffusion 1.x; `guidance_embedding` channels make it a distilled student."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        unet = UNet2DConditionModel(
-            sample_size=size,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=4,
-            norm_num_groups=8,
-            time_cond_proj_dim=guidance_embedding,
-        )
+        unet = text_unet(size, cross_attention_dim=32, time_cond_proj_dim=guidance_embedding)
         vae = autoencoder(latent_channels=4)
         text_encoder = CLIPTextModel(text_config())
-    with torch.no_grad():
-        for name, weight in unet.named_parameters():
-            if "attn2.to_v" in name:  # a random network hardly listens to its text
-                weight.mul_(20)
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=loud(text_encoder.eval()),
         tokenizer=tokenizer(),
-        unet=unet.eval(),
+        unet=unet,
         scheduler=scheduler or DDIMScheduler(**SD_SCHEDULE, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    return quiet(pipe)
+
+
+def stable_diffusion_xl(scheduler=None, size=8, **options):
+    """Stable Diffusion XL, with both its text encoders."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        unet = text_unet(
+            size,
+            cross_attention_dim=64,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 32,
+        )
+        vae = autoencoder(latent_channels=4)
+        encoders = [CLIPTextModel(text_config()), CLIPTextModelWithProjection(text_config())]
+    pipe = StableDiffusionXLPipeline(
+        unet=unet,
+        scheduler=scheduler or EulerDiscreteScheduler(**SDXL_SCHEDULE),
+        vae=vae,
+        text_encoder=loud(encoders[0].eval()),
+        tokenizer=tokenizer(),
+        text_encoder_2=loud(encoders[1].eval()),
+        tokenizer_2=tokenizer(),
+        **options,
     )
     return quiet(pipe)
 
@@ -118,6 +143,87 @@ def stable_diffusion_3(scheduler=None, size=8):
         tokenizer_3=None,
     )
     return quiet(pipe)
+
+
+def flux(scheduler=None, guidance=True, size=8):
+    """FLUX.1-dev, or without `guidance` -schnell."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=guidance,
+            axes_dims_rope=(4, 4, 8),
+        )
+        vae = autoencoder(latent_channels=4, use_quant_conv=False, use_post_quant_conv=False)
+        text_encoder = CLIPTextModel(text_config())
+        t5 = T5Config(
+            vocab_size=len(vocabulary()), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4
+        )
+        text_encoder_2 = T5EncoderModel(t5)
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if "add_v_proj" in name or "text_embed.text" in name or "guidance_emb" in name:
+                weight.mul_(5)  # a random network hardly listens
+    pipe = FluxPipeline(
+        transformer=transformer.eval(),
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=loud(text_encoder.eval()),
+        tokenizer=tokenizer(),
+        text_encoder_2=loud(text_encoder_2.eval()),
+        tokenizer_2=tokenizer(),
+    )
+    pipe.default_sample_size = size  # 128 whatever the transformer
+    return quiet(pipe)
+
+
+def dit(scheduler=None, learned_variance=True, size=8):
+    """DiT with ImageNet's thousand classes and the one that stands for none."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        transformer = DiTTransformer2DModel(
+            sample_size=size,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8 if learned_variance else 4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            num_embeds_ada_norm=1000,
+        )
+        vae = autoencoder(latent_channels=4)
+    pipe = DiTPipeline(
+        transformer=transformer.eval(),
+        vae=vae,
+        scheduler=scheduler or DDIMScheduler(clip_sample=False),
+    )
+    return quiet(pipe)
+
+
+def text_unet(size, **options):
+    unet = UNet2DConditionModel(
+        sample_size=size,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=8,
+        **options,
+    )
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if "attn2.to_v" in name:  # a random network hardly listens to its text
+                weight.mul_(20)
+    return unet.eval()
 
 
 def autoencoder(**options):

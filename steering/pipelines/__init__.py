@@ -8,6 +8,7 @@ from importlib import import_module
 from numbers import Real
 from typing import Any, Literal
 
+from steering.cfg import ClassifierFree
 from steering.core import Model
 from steering.pipelines import driven
 from steering.pipelines.request import NotNativeError, Request, as_tuple
@@ -18,7 +19,10 @@ FAMILIES = {
     "DDPMPipeline": "unet2d",
     "DDIMPipeline": "unet2d",
     "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl",
     "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "DiTPipeline": "dit",
 }
 
 
@@ -32,6 +36,7 @@ def from_pipeline(
     width: int | None = None,
     negative_prompts: Sequence[Any] | None = None,
     guidance_scale: float | Sequence[float] | None = None,
+    cfg: ClassifierFree | None = None,
     call: Mapping[str, Any] | None = None,
     route: Literal["native", "driven"] | None = None,
 ) -> Model:
@@ -41,7 +46,8 @@ def from_pipeline(
     step at a time, so its ControlNets, adapters, quantised or offloaded networks and guidance are
     what they are. At opening it is tested against itself, and refused by name where it fails. A few
     families also have a *native* adapter, which calls the network itself: a shared forward for
-    gradients, less time a call. The pipeline is left as it was found.
+    gradients, less time a call. The pipeline is left as it was found. Natively no safety checker is
+    run and no watermark added.
 
     Every prompt is encoded once, into a row of a table that walks refer to.
 
@@ -54,9 +60,13 @@ def from_pipeline(
             the scheduler's own stochastic kernel where it has one (DDPM, LCM, TCD), else 1, because
             a chain without noise has nothing to branch on.
         height, width: in pixels; the pipeline's own when None.
-        negative_prompts: one per prompt; empty texts when None. For class labels, the null class.
+        negative_prompts: one per prompt; what the pipeline takes for none (an empty text, or
+            zeros) when None. For class labels of pixel models, the null class.
         guidance_scale: one number, or one per prompt; the pipeline's default when None. Natively,
-            rows at 1 or below cost one network row, the others two.
+            rows at 1 or below cost one network row, the others two; where the scale is an input of
+            the network (FLUX, LCM) all cost one.
+        cfg: the rule of classifier-free guidance, from `steering.cfg`; plain extrapolation when
+            None. Steps that it does not guide cost one network row. Native adapters alone take it.
         call: further arguments of the pipeline's own call, `{"control_image": image}`; driven.
         route: "native" or "driven"; None is native where that serves this pipeline. `print(model)`
             says which it is, and why.
@@ -72,6 +82,7 @@ def from_pipeline(
         as_tuple("prompts", prompts),
         as_tuple("negative_prompts", negative_prompts),
         _scales(guidance_scale),
+        cfg,
         call,
     )
     if route not in (None, "native", "driven"):

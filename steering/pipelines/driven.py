@@ -29,6 +29,7 @@ def build(pipe: Any, request: Request) -> Model:
     if not hasattr(pipe, "scheduler"):
         raise CannotDriveError(f"{type(pipe).__name__} cannot be driven: it has no scheduler.")
     check_scheduler(pipe.scheduler)
+    request.refuse("cfg", because="this pipeline is driven: say what you wish in its own arguments")
     oracle = Oracle(pipe, Inputs.of(pipe, request))
     try:
         return _opened(oracle, request)
@@ -137,10 +138,10 @@ class DrivenDenoiser:
     mixes: bool
 
     def rows(self, t: Tensor, row: Tensor) -> Tensor:
-        return self.cost[row, self._steps(t)]
+        return self.cost[row, self.to_clean.step(t).cpu()]
 
     def __call__(self, x: Tensor, t: Tensor, row: Tensor) -> Tensor:
-        steps, rows = self._steps(t), row.tolist()
+        steps, rows = self.to_clean.step(t).cpu(), row.tolist()
         scale = self.grid.scale[steps].to(x.device).view(-1, *[1] * (x.dim() - 1))
         states, steps = (x * scale).to(self.dtype), steps.tolist()
         calls: dict[Any, list[int]] = defaultdict(list)
@@ -162,11 +163,6 @@ class DrivenDenoiser:
                 f"{planned} were planned: what it costs depends on the state."
             )
         return step.output.float()
-
-    def _steps(self, t: Tensor) -> Tensor:
-        """[N] steps, on the CPU, of network times t [N]."""
-        times, order = self.to_clean.process.times.sort()
-        return order[torch.searchsorted(times, t.to(times))].cpu()
 
 
 @dataclass(frozen=True, eq=False)

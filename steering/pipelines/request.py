@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from steering.cfg import ClassifierFree, Scale, check_rule
 
 _LOOKED_AT = 16  # numbers of each weight that a fingerprint rests on
 
@@ -30,6 +33,7 @@ class Request:
     prompts: tuple[Any, ...] | None
     negative_prompts: tuple[Any, ...] | None
     guidance_scale: float | tuple[float, ...] | None
+    cfg: ClassifierFree | None = None
     call: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -45,6 +49,8 @@ class Request:
             self._same_length("negative_prompts", self.negative_prompts)
         if isinstance(self.guidance_scale, tuple):
             self._same_length("guidance_scale", self.guidance_scale)
+        if self.cfg is not None:
+            check_rule("cfg", self.cfg)
 
     def _same_length(self, name: str, values: tuple[Any, ...]) -> None:
         expected = 1 if self.prompts is None else len(self.prompts)
@@ -72,6 +78,23 @@ class Request:
                 raise ValueError(f"guidance_scale has {scale!r}: give finite numbers.")
         return torch.tensor(scales, dtype=torch.float32)
 
+    def rule(self, steps: int) -> ClassifierFree:
+        """How pairs of predictions are made one in a chain of `steps`."""
+        if self.cfg is None:
+            return Scale()
+        if not self.cfg.guided(torch.arange(steps), steps).any():
+            raise ValueError(
+                f"cfg={self.cfg} guides none of {steps} steps: widen its interval, or leave "
+                "it out and give guidance_scale=1.0."
+            )
+        return self.cfg
+
+    def refuse(self, *names: str, because: str) -> None:
+        """ValueError if one of these arguments was given, which have no meaning here."""
+        for name in names:
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is given, but {because}: leave it out.")
+
     def texts(self) -> tuple[list[str], list[str]]:
         """[R] prompts and [R] negative prompts, "" where none was given."""
         if self.prompts is None:
@@ -82,6 +105,19 @@ class Request:
                 if not isinstance(text, str):
                     raise ValueError(f"{name} has {text!r}: this pipeline needs texts.")
         return list(self.prompts), list(negative)
+
+    def labels(self, name: str, count: int) -> Tensor:
+        """[R] int64 class labels, which the argument `name` holds."""
+        labels = getattr(self, name)
+        if labels is None:
+            raise ValueError(
+                f"{name} is missing: this model is class-conditional, "
+                f"give a list of labels from 0 to {count - 1}."
+            )
+        for label in labels:
+            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
+                raise ValueError(f"{name} has {label!r}: give labels, ints from 0 to {count - 1}.")
+        return torch.tensor(labels)
 
     def size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
         """Height and width in pixels: what was given, else the pipeline's own."""
@@ -94,6 +130,13 @@ class Request:
                 raise ValueError(f"{name}={size} does not fit: give a multiple of {multiple}.")
         return sizes
 
+    def only_size(self, height: int, width: int) -> None:
+        """ValueError if a size was given that is not the only one there is."""
+        for name, own in (("height", height), ("width", width)):
+            given = getattr(self, name)
+            if given not in (None, own):
+                raise ValueError(f"{name}={given} cannot be had: this pipeline makes {own} pixels.")
+
 
 def _told(value: Any) -> str:
     """A value in a few characters, the same in every process: images and tensors by a digest."""
@@ -101,6 +144,8 @@ def _told(value: Any) -> str:
         return "{" + ", ".join(f"{k}: {_told(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "(" + ", ".join(map(_told, value)) + ")"
+    if is_dataclass(value):
+        return str(value)
     if isinstance(value, Image.Image):
         value = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
     if isinstance(value, Tensor):
@@ -142,3 +187,8 @@ def as_tuple(name: str, values: Sequence[Any] | None) -> tuple[Any, ...] | None:
     if len(values) == 0:
         raise ValueError(f"{name} is empty: give at least one, or leave it out.")
     return tuple(values)
+
+
+def default_scale(pipe: Any) -> float:
+    """The guidance scale that a pipeline takes when it is given none."""
+    return inspect.signature(pipe.__call__).parameters["guidance_scale"].default

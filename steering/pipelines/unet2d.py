@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from steering.core import Model, images_in_unit_range
-from steering.gaussian import ToClean
-from steering.pipelines.conditional import ConditionalDenoiser, Conditions, evaluating
+from steering.pipelines.conditional import Conditions, calling, conditional_model
 from steering.pipelines.request import Request
 from steering.pipelines.schedulers import read_scheduler
 
@@ -24,28 +23,18 @@ def build(pipe: Any, request: Request) -> Model:
         )
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    for name, given, own in (("height", request.height, height), ("width", request.width, width)):
-        if given not in (None, own):
-            raise ValueError(f"{name}={given} cannot be had: this pipeline makes {own} pixels.")
-    device, dtype = pipe._execution_device, unet.dtype
+    request.only_size(height, width)
     shape = (config.in_channels, height, width)
-    process, prediction = read_scheduler(
-        pipe.scheduler, shape, steps=request.steps, eta=request.eta
-    )
-    process = process.to(device)
-
-    def network(x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        with evaluating(unet):
-            return unet(x.to(dtype), t, return_dict=False, **conditions)[0].float()
-
-    positive, negative, scale = _classes(unet, request, device)
-    return Model(
-        ConditionalDenoiser(network, ToClean(process, prediction), positive, negative, scale),
-        process,
+    chain = read_scheduler(pipe.scheduler, shape, steps=request.steps, eta=request.eta)
+    positive, negative, scale = _classes(unet, request, pipe._execution_device)
+    return conditional_model(
+        pipe,
+        request,
+        chain,
+        calling(unet),
+        lambda: (positive, negative),
+        scale,
         images_in_unit_range,
-        prompts=request.prompts or (None,),
-        device=device,
-        name=request.describe(pipe),
     )
 
 
@@ -54,9 +43,10 @@ def _classes(
 ) -> tuple[Conditions, Conditions | None, Tensor]:
     """Tables of labels and of null labels, and the guidance scales."""
     if unet.class_embedding is None:
-        for name in ("prompts", "negative_prompts", "guidance_scale"):
-            if getattr(request, name) is not None:
-                raise ValueError(f"{name} is given, but this model is unconditional: leave it out.")
+        request.refuse(
+            *("prompts", "negative_prompts", "guidance_scale", "cfg"),
+            because="this model is unconditional",
+        )
         return {}, None, torch.ones(1)
     count = unet.config.num_class_embeds
     if unet.config.class_embed_type is not None or count is None:
@@ -64,22 +54,14 @@ def _classes(
             f"pipe.unet with class_embed_type={unet.config.class_embed_type!r} is not supported: "
             "only models that embed class labels (num_class_embeds) are."
         )
-    if request.prompts is None:
-        raise ValueError(
-            "prompts is missing: this model is class-conditional, "
-            f"give a list of labels from 0 to {count - 1}."
-        )
+    labels = request.labels("prompts", count)
     scale = request.scales(default=1.0)
-    if request.negative_prompts is None and (scale > 1).any():
-        raise ValueError(
-            "guidance_scale is above 1, but negative_prompts is missing: "
-            "give the label that the model was trained to take as no class."
-        )
-    tables = []
-    for name in ("prompts", "negative_prompts"):
-        labels = getattr(request, name) or ()
-        for label in labels:
-            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
-                raise ValueError(f"{name} has {label!r}: give labels, ints from 0 to {count - 1}.")
-        tables.append({"class_labels": torch.tensor(labels, device=device)})
-    return tables[0], tables[1] if request.negative_prompts else None, scale
+    if request.negative_prompts is None:
+        if (scale > 1).any():
+            raise ValueError(
+                "guidance_scale is above 1, but negative_prompts is missing: "
+                "give the label that the model was trained to take as no class."
+            )
+        return {"class_labels": labels.to(device)}, None, scale
+    null = request.labels("negative_prompts", count)
+    return {"class_labels": labels.to(device)}, {"class_labels": null.to(device)}, scale
