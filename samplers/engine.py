@@ -117,7 +117,8 @@ class Engine:
         flight = Flight(self.settings.batch, self.model)
         prompts = self.model.prompts
         hold, on_error = self.model.offloaded, self.settings.on_error
-        scorer = Scorer(self.model.decode, self.reward, prompts, on_error, hold)
+        decode, preview = self.model.decode, self.model.preview
+        scorer = Scorer(decode, self.reward, prompts, on_error, hold, preview)
         stop = _Stop()
         try:
             status = "done"
@@ -346,7 +347,7 @@ class Engine:
             self.clean.put([requests[k].entry for k in seen], clean[seen])
             looked = [requests[k] for k in seen]
             self.store.put([r.entry for r in looked], flight.x[seen])
-            scorer.submit(looked, clean[seen], [r.row for r in looked])
+            scorer.submit(looked, clean[seen], [r.row for r in looked], guess=True)
         ended = []
         steps = process.steps
         for k, r in enumerate(requests):

@@ -106,26 +106,32 @@ class Scorer:
         prompts: Sequence[Any],
         on_error: OnError,
         hold: bool = False,
+        preview: Callable | None = None,
     ) -> None:
+        self._preview = preview or decode
         self._decode, self._reward, self._prompts = decode, reward, prompts
         self._on_error: OnError = on_error
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward")
         self._jobs: list[tuple[Any, Future[Scores]]] = []
-        self._hold, self._held = hold, list[tuple[Any, Tensor, list[int]]]()
+        self._hold, self._held = hold, list[tuple[Any, Tensor, list[int], bool]]()
 
-    def submit(self, tag: Any, x: Tensor, row: list[int]) -> None:
-        """Score clean states x [N, *D] of conditions `row`; `tag` comes back with the answer."""
+    def submit(self, tag: Any, x: Tensor, row: list[int], guess: bool = False) -> None:
+        """Score clean states x [N, *D] of conditions `row`; `tag` comes back with the answer.
+
+        A `guess` on the way is decoded by the preview, where there is one.
+        """
         if self._hold:
-            self._held.append((tag, x, row))
-            if sum(len(rows) for _, _, rows in self._held) >= _HELD:
+            self._held.append((tag, x, row, guess))
+            if sum(len(rows) for _, _, rows, _ in self._held) >= _HELD:
                 self.release()
         else:
-            self._jobs.append((tag, self._pool.submit(self._run, x, row)))
+            self._jobs.append((tag, self._pool.submit(self._run, x, row, guess)))
 
     def release(self) -> None:
         """Score what is held, and wait until that is done."""
         held, self._held = self._held, []
-        self._jobs += [(tag, self._pool.submit(self._run, x, row)) for tag, x, row in held]
+        for tag, x, row, guess in held:
+            self._jobs.append((tag, self._pool.submit(self._run, x, row, guess)))
         if held:
             wait_for([job for _, job in self._jobs])
 
@@ -147,9 +153,9 @@ class Scorer:
             self.release()
         self._pool.shutdown(wait=wait, cancel_futures=True)
 
-    def _run(self, x: Tensor, row: list[int]) -> Scores:
+    def _run(self, x: Tensor, row: list[int], guess: bool) -> Scores:
         prompts = [self._prompts[r] for r in row]
-        decoded = _Decoded(self._decode, self._reward)
+        decoded = _Decoded(self._preview if guess else self._decode, self._reward)
         began = time.perf_counter()
         scores = call_reward(decoded, x, prompts, self._on_error)
         error = _NOT_FINITE if decoded.broken else scores.error

@@ -136,6 +136,7 @@ class Model:
         denoiser: guesses the clean end.
         process: the chain.
         decode: clean states [N, *D] -> items (images [N, C, H, W] in [0, 1]); default: as they are.
+        preview: the same, rough and quick, for guesses on the way; None is `decode`.
         prompts: R entries, what each condition asks for, handed to rewards; (None,) is nothing.
         device: where states live.
         name: for records and error messages.
@@ -147,6 +148,7 @@ class Model:
     denoiser: Denoiser
     process: Process
     decode: Callable[[Tensor], Any] = field(default=lambda x: x)
+    preview: Callable[[Tensor], Any] | None = None
     prompts: tuple[Any, ...] = (None,)
     device: torch.device = torch.device("cpu")
     name: str = "model"

@@ -18,7 +18,7 @@ from steering.pipelines.driven import DrivenDenoiser
 from steering.pipelines.opening import CannotDriveError
 from steering.pipelines.oracle import NotSeenError
 from tests.tiny import Tiny, families
-from tests.tiny_pipelines import pixel_pipeline, stable_diffusion, stable_diffusion_3
+from tests.tiny_pipelines import flux, pixel_pipeline, stable_diffusion, stable_diffusion_3
 
 PROMPTS = ["a red fox", "two blue jays on a wire"]
 BY_NAME = {tiny.name: tiny for tiny in families()}
@@ -426,3 +426,38 @@ def test_the_opening_notices_a_batch_that_leaks(monkeypatch):
     x, _, t, row = starts(model, 3)
     with torch.no_grad():
         assert torch.equal(model.denoiser(x, t, row), one_by_one(model, x, t, row))
+
+
+@pytest.mark.parametrize("route", ["native", "driven"])
+@pytest.mark.parametrize("make", [stable_diffusion, flux])
+def test_a_preview_decodes_guesses_on_the_way_and_nothing_that_arrives(make, route):
+    pipe = make()
+    rough = diffusers.AutoencoderTiny(
+        latent_channels=pipe.vae.config.latent_channels,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).eval()
+    options: dict[str, Any] = {"steps": 4, "route": route}
+    plain = from_pipeline(pipe, ["a fox"], **options)
+    model = from_pipeline(pipe, ["a fox"], preview=rough, **options)
+    x, *_ = starts(model, 2)
+    with torch.no_grad():
+        assert torch.equal(model.decode(x), plain.decode(x))
+        assert model.preview(x).shape == plain.decode(x).shape
+        assert not torch.equal(model.preview(x), plain.decode(x))
+    shown: list[torch.Tensor] = []
+
+    def reward(items: torch.Tensor, prompts: Any) -> torch.Tensor:
+        shown.extend(items)
+        return items.mean((1, 2, 3))
+
+    run = sample(model, reward, SMC(4, levels=(2,)), nfe=100, progress=False)
+    arrived = {image.mean().item() for image in shown} & {i.mean().item() for i in run.items}
+    assert len(arrived) == len(run.items) == len(shown) // 2
+    assert not same_images(shown[:4], run.items)
+
+
+def same_images(some: list[torch.Tensor], items: torch.Tensor) -> bool:
+    return any(torch.equal(one, item) for one in some for item in items)

@@ -38,6 +38,7 @@ def from_pipeline(
     guidance_scale: float | Sequence[float] | None = None,
     cfg: ClassifierFree | None = None,
     call: Mapping[str, Any] | None = None,
+    preview: Any = None,
     route: Literal["native", "driven"] | None = None,
 ) -> Model:
     """The model that a diffusers pipeline holds: its network, its chain, its decoder.
@@ -68,6 +69,8 @@ def from_pipeline(
         cfg: the rule of classifier-free guidance, from `steering.cfg`; plain extrapolation when
             None. Steps that it does not guide cost one network row. Native adapters alone take it.
         call: further arguments of the pipeline's own call, `{"control_image": image}`; driven.
+        preview: a small autoencoder for the same latents (diffusers' AutoencoderTiny), or a
+            function of states, that decodes guesses on the way; what arrives is decoded in full.
         route: "native" or "driven"; None is native where that serves this pipeline. `print(model)`
             says which it is, and why.
 
@@ -84,6 +87,7 @@ def from_pipeline(
         _scales(guidance_scale),
         cfg,
         call,
+        preview,
     )
     if route not in (None, "native", "driven"):
         raise ValueError(f"route={route!r} is unknown: give 'native', 'driven' or None.")

@@ -92,7 +92,7 @@ def conditional_model(
     network: Network,
     conditions: Callable[[], tuple[Conditions, Conditions | None]],
     scale: Tensor,
-    decode: Callable[[Tensor], Tensor],
+    decoding: Callable[[Any], Callable[[Tensor], Tensor]],
 ) -> Model:
     """The model of a pipeline's parts.
 
@@ -102,7 +102,7 @@ def conditional_model(
         chain: the process and what the network puts out, as `read_scheduler` gives them.
         network: see `ConditionalDenoiser`; so is `scale`.
         conditions: makes the positive and negative tables, once all else is known to be right.
-        decode: clean states to images.
+        decoding: an autoencoder -> the way from clean states to images through it.
     """
     process = chain[0].to(pipe._execution_device)
     to_clean, rule = ToClean(process, chain[1]), request.rule(process.steps)
@@ -110,7 +110,8 @@ def conditional_model(
     return Model(
         ConditionalDenoiser(network, to_clean, positive, negative, scale, rule),
         process,
-        decode,
+        decoding(getattr(pipe, "vae", None)),
+        preview=request.preview_by(decoding),
         prompts=request.prompts or (None,),
         device=pipe._execution_device,
         name=request.describe(pipe),

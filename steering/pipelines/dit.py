@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,5 +47,5 @@ def build(pipe: Any, request: Request) -> Model:
         positive = labels.to(pipe._execution_device)
         return {"class_labels": positive}, {"class_labels": torch.full_like(positive, NULL_CLASS)}
 
-    decode = LatentDecoder.of(pipe.vae, pixels**2)
-    return conditional_model(pipe, request, chain, network, conditions, scale, decode)
+    decoding = partial(LatentDecoder.of, pixels=pixels**2)
+    return conditional_model(pipe, request, chain, network, conditions, scale, decoding)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ def _opened(oracle: Oracle, request: Request) -> Model:
         denoiser,
         process,
         decoder,
+        preview=request.preview_by(lambda vae: replace(decoder, vae=vae)),
         prompts=request.prompts or (None,),
         device=first.sample.device,
         name=request.describe(oracle.pipe),
@@ -177,12 +178,14 @@ class DrivenDecoder:
         dtype: of its states.
         turns: its loop turns once, in vain, because it cannot be left out.
         at_once: states in one call.
+        vae: an autoencoder to put in place of the pipeline's own; None leaves it.
     """
 
     oracle: Oracle
     dtype: torch.dtype
     turns: bool
     at_once: int
+    vae: Any = None
 
     @staticmethod
     def of(oracle: Oracle, x: Tensor) -> DrivenDecoder:
@@ -205,9 +208,12 @@ class DrivenDecoder:
     def __call__(self, x: Tensor) -> Tensor:
         """Images [N, C, H, W] or clips [N, F, C, H, W] float32 of clean states x [N, *D]."""
         parts = x.to(self.dtype).split(self.at_once)
-        items = torch.cat([items_of(self.oracle.decode(p, 0, turns=self.turns)) for p in parts])
+        items = torch.cat([items_of(self._tail(part)) for part in parts])
         finite = x.flatten(1).isfinite().all(1).view(-1, *[1] * (items.dim() - 1))
         return torch.where(finite, items, torch.nan)
+
+    def _tail(self, x: Tensor) -> Any:
+        return self.oracle.decode(x, 0, turns=self.turns, vae=self.vae)
 
 
 def items_of(found: Any) -> Tensor:

@@ -5,6 +5,7 @@ States are packed as the pipeline's `latents=` are: [L, 4 C], L patches of 2 x 2
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -53,13 +54,12 @@ def build(pipe: Any, request: Request) -> Model:
             table["guidance"] = scale.to(device)
         return table, None
 
-    decoder = LatentDecoder.of(pipe.vae, height * width, pipe.vae.config.shift_factor)
-
-    def decode(x: Tensor) -> Tensor:
-        return decoder(pipe._unpack_latents(x, height, width, factor))
+    def decoding(vae: Any) -> Callable[[Tensor], Tensor]:
+        decode = LatentDecoder.of(vae, height * width, vae.config.shift_factor)
+        return lambda x: decode(pipe._unpack_latents(x, height, width, factor))
 
     return conditional_model(
-        pipe, request, (process, prediction), network, conditions, scale, decode
+        pipe, request, (process, prediction), network, conditions, scale, decoding
     )
 
 

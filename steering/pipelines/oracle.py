@@ -132,12 +132,13 @@ class Oracle:
             raise NotSeenError
         return step
 
-    def decode(self, x: Tensor, row: int, *, turns: bool) -> Any:
+    def decode(self, x: Tensor, row: int, *, turns: bool, vae: Any = None) -> Any:
         """What the pipeline puts out for clean states x [N, *D], in [0, 1].
 
-        `turns` lets its loop turn once, for nothing, where it cannot do without.
+        `turns` lets its loop turn once, for nothing, where it cannot do without; `vae` takes the
+        place of its autoencoder.
         """
-        visit = Visit(len(x), tail=x, turns=turns)
+        visit = Visit(len(x), tail=x, turns=turns, vae=vae)
         return self._run(visit, [row] * len(x), x, output_type="pt", return_dict=False)[0]
 
     def inject(self, x: Tensor, row: int) -> None:
@@ -189,6 +190,8 @@ class Oracle:
             try:
                 attributes.update(self._stand_ins)
                 attributes["scheduler"] = self.scheduler
+                if visit.vae is not None:
+                    attributes["vae"] = visit.vae
                 attributes["_progress_bar_config"] = {"disable": True}
                 if hasattr(self.pipe, "encode_prompt"):
                     encode = self.pipe.encode_prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -35,8 +35,14 @@ class Request:
     guidance_scale: float | tuple[float, ...] | None
     cfg: ClassifierFree | None = None
     call: Mapping[str, Any] | None = None
+    preview: Any = None
 
     def __post_init__(self) -> None:
+        if not (self.preview is None or callable(self.preview)):
+            raise TypeError(
+                f"preview={self.preview!r} is neither an autoencoder nor a function: give a "
+                "diffusers AutoencoderTiny, or states -> images."
+            )
         if self.eta is not None and not isinstance(self.eta, (int, float)):
             raise ValueError(f"eta={self.eta!r} is no number: give one from 0 to 1, or None.")
         for name in ("height", "width"):
@@ -88,6 +94,10 @@ class Request:
                 "it out and give guidance_scale=1.0."
             )
         return self.cfg
+
+    def preview_by(self, decoding: Callable[[Any], Any]) -> Callable[[Tensor], Any] | None:
+        """How guesses on the way are decoded; `decoding` makes a decoder of an autoencoder."""
+        return decoding(self.preview) if hasattr(self.preview, "decode") else self.preview
 
     def refuse(self, *names: str, because: str) -> None:
         """ValueError if one of these arguments was given, which have no meaning here."""

@@ -45,8 +45,12 @@ def build(pipe: Any, request: Request) -> Model:
             {"encoder_hidden_states": negative_embeds, "pooled_projections": negative_pooled},
         )
 
-    decode = LatentDecoder.of(pipe.vae, height * width, pipe.vae.config.shift_factor)
-    return conditional_model(pipe, request, chain, calling(transformer), conditions, scale, decode)
+    def decoding(vae: Any) -> LatentDecoder:
+        return LatentDecoder.of(vae, height * width, vae.config.shift_factor)
+
+    return conditional_model(
+        pipe, request, chain, calling(transformer), conditions, scale, decoding
+    )
 
 
 def dynamic_shift(config: Any, tokens: int, largest: float) -> float:

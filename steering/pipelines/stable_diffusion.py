@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -37,8 +38,8 @@ def build(pipe: Any, request: Request) -> Model:
             pipe, scale, {"encoder_hidden_states": positive}, {"encoder_hidden_states": negative}
         )
 
-    decode = LatentDecoder.of(pipe.vae, height * width)
-    return conditional_model(pipe, request, chain, calling(unet), conditions, scale, decode)
+    decoding = partial(LatentDecoder.of, pixels=height * width)
+    return conditional_model(pipe, request, chain, calling(unet), conditions, scale, decoding)
 
 
 def refuse_other_inputs(pipe: Any, request: Request, additional: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,5 +55,5 @@ def build(pipe: Any, request: Request) -> Model:
             {"encoder_hidden_states": no_texts, "text_embeds": no_pooled, "time_ids": ids},
         )
 
-    decode = LatentDecoder.of(pipe.vae, height * width)
-    return conditional_model(pipe, request, chain, network, conditions, scale, decode)
+    decoding = partial(LatentDecoder.of, pixels=height * width)
+    return conditional_model(pipe, request, chain, network, conditions, scale, decoding)

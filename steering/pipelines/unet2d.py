@@ -24,6 +24,7 @@ def build(pipe: Any, request: Request) -> Model:
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     request.only_size(height, width)
+    request.refuse("preview", because="states of this model are images already")
     shape = (config.in_channels, height, width)
     chain = read_scheduler(pipe.scheduler, shape, steps=request.steps, eta=request.eta)
     positive, negative, scale = _classes(unet, request, pipe._execution_device)
@@ -34,7 +35,7 @@ def build(pipe: Any, request: Request) -> Model:
         calling(unet),
         lambda: (positive, negative),
         scale,
-        images_in_unit_range,
+        lambda vae: images_in_unit_range,
     )
 
 

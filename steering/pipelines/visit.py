@@ -50,6 +50,7 @@ class Visit:
         steps: how many steps until the call is ended.
         encode: end it as soon as the grid is set, which is after prompts are encoded.
         tail: clean states to decode: the loop does not turn, or, with `turns`, turns once.
+        vae: what decodes instead of the pipeline's own autoencoder.
         start: states that stand in for the pipeline's own noise.
     """
 
@@ -59,6 +60,7 @@ class Visit:
     encode: bool = False
     tail: Tensor | None = None
     turns: bool = False
+    vae: Any = None
     start: Tensor | None = None
     seen: list[Step] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)  # what the pipeline's own `step` returned
