@@ -175,6 +175,45 @@ def test_a_pipeline_folder_is_steered_in_silence(tmp_path):
     assert not (tmp_path / "runs/steer/tree.png").exists()
 
 
+def test_a_text_to_image_folder_is_driven_with_arguments_of_its_own(own, capsys):
+    from diffusers import AutoencoderTiny
+
+    from tests.tiny_pipelines import stable_diffusion
+
+    stable_diffusion().save_pretrained("pipe")
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained("small")
+    Path("prompts.txt").write_text("a red fox\n\ntwo blue jays\n")
+    asked = ["sample", "--model", "pipe", "--prompts", "prompts.txt", "--steps", "3", "--nfe", "60"]
+    asked += [
+        "--reward",
+        "my_rewards:bright",
+        "--sampler",
+        "smc",
+        "particles=4",
+        "--preview",
+        "small",
+    ]
+    assert cli.main([*asked, "--call", "guidance_rescale=0.5"]) == 0
+    told = capsys.readouterr().out
+    assert "2 conditions on cpu: driven" in told
+    assert "native adapters take no guidance_rescale" in told
+    account = json.loads(Path("runs/steer/result.json").read_text())
+    assert set(account["draws"]["rows"]) == {0, 1}
+    assert "--call strength: give KEY=VALUE" in fails(capsys, *asked, "--call", "strength")
+    assert "there is no file x.png" in fails(capsys, *asked, "--call", "image=@x.png")
+    assert "does not take" in fails(
+        capsys, *asked, "--quiet", "--out", "o", "--call", "strength=1.0"
+    )
+    assert "--offload: built-in" in fails(capsys, *SMALL, "--reward", "jpeg", "--offload")
+    words = [*asked[:3], "--prompts", "none.txt", *asked[5:]]
+    assert "--prompts none.txt: there is no such file" in fails(capsys, *words)
+
+
 def test_help_names_every_sampler_and_its_options(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["sample", "--help"])

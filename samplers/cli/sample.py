@@ -106,6 +106,8 @@ def _sample(given: argparse.Namespace) -> int:
     if given.nfe is None and given.reward_calls is None and given.seconds is None:
         raise ValueError("no budget: give --nfe, --reward-calls or --seconds.")
     model = build_model(given)
+    if not given.quiet:
+        print(model)
     result = samplers.sample(
         model,
         reward,

@@ -67,7 +67,7 @@ class Inputs:
             if argument not in takes:
                 raise ValueError(
                     f"call has {argument!r}, which {name} does not take: its arguments are "
-                    f"{', '.join(sorted(takes - {*_OURS, *_TAKEN, 'self'}))}."
+                    f"{', '.join(sorted(takes - {*_OURS, *_TAKEN, 'self', 'kwargs'}))}."
                 )
         asked = {
             "negative_prompt": request.negative_prompts,
