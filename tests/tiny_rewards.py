@@ -3,6 +3,7 @@
 import sys
 import types
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def imscore():
         "preference": ("SiglipPreferenceScorer", StandIn),
     }
     modules: dict[str, Any] = {"imscore": types.ModuleType("imscore")}
+    modules["imscore"].__spec__ = ModuleSpec("imscore", None)
     for name, (kind, stand_in) in kinds.items():
         modules[f"imscore.{name}"] = types.ModuleType(f"imscore.{name}")
         model: Any = types.ModuleType(f"imscore.{name}.model")
@@ -127,7 +129,8 @@ class Dark(nn.Module):
         self.scale = nn.Parameter(torch.tensor(3.0))
 
     def forward(self, x):
-        return self.scale * torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3)), x.amin((1, 2, 3))], 1)
+        mean, square = x.mean((1, 2, 3)), x.square().mean((1, 2, 3))
+        return self.scale * torch.stack([mean, 3 * square, (mean - square).exp()], 1)
 
 
 def answer(images, prompts):
@@ -153,7 +156,7 @@ def light(images):
 
 
 def every(folder: Path, batch: int = 16) -> dict[str, Any]:
-    """All rewards of images, by name. Call the ones of imscore inside `imscore()`."""
+    """All rewards of images, by name; to be made inside `imscore()`."""
     model, scorer = clip(folder / "clip"), stand_in(folder / "imscore")
     score = rewards.ClipScore(model, batch=batch)
     pick = rewards.PickScore(model, batch=batch)

@@ -49,10 +49,10 @@ def in_batches(
     # zeros instead, and no gradient: a network may make a number of broken pixels
     shown = items.where(whole[:, None, None, None], 0).to(device)
     parts = [
-        score(images, list(prompts[k * batch : k * batch + len(images)])).float()
-        for k, images in enumerate(shown.split(batch))
+        score(shown[k : k + batch], list(prompts[k : k + batch])).float()
+        for k in range(0, len(items), batch)
     ]
-    scores = torch.cat(parts).to(items.device) if len(items) else items.new_zeros(0).float()
+    scores = torch.cat(parts).to(items.device) if parts else items.new_zeros(0).float()
     return scores.where(whole, torch.nan)
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Any
 
@@ -73,9 +74,9 @@ class Imscore(Composable):
         batch: images at a time.
 
     Raises:
-        TypeError, ValueError: an argument cannot be; on a call, there are no safetensors, or items
-            are no images [N, C, H, W] of 1 or 3 channels or prompts no texts.
-        ImportError: on a call, imscore is missing: `pip install diffusion-steering[imscore]`.
+        TypeError, ValueError: an argument cannot be; on a call, items are no images [N, C, H, W]
+            of 1 or 3 channels or prompts no texts.
+        ImportError: imscore is missing: `pip install diffusion-steering[imscore]`.
     """
 
     scorer: str
@@ -91,6 +92,10 @@ class Imscore(Composable):
         if self.model is not None:
             check_source("model", self.model)
         check_network(self.batch, self.device)
+        if find_spec("imscore") is None:  # told here, not after the first walk
+            raise ImportError(
+                f"{self.name} needs imscore: pip install 'diffusion-steering[imscore]'."
+            )
 
     @property
     def name(self) -> str:
@@ -116,15 +121,10 @@ class Imscore(Composable):
     @cached_property
     def net(self) -> Any:
         """The network."""
-        known = _KNOWN[self.scorer]
-        try:
-            kind = getattr(importlib.import_module(known.module), known.kind)
-        except ImportError as error:
-            raise ImportError(
-                f"{known.title} needs imscore: pip install 'diffusion-steering[imscore]' ({error})."
-            ) from error
         from transformers.utils.hub import cached_file
 
+        known = _KNOWN[self.scorer]
+        kind = getattr(importlib.import_module(known.module), known.kind)
         source = self.model or known.source
         revision = pinned(source, self.revision)
         with loading(self.name, source):
