@@ -126,6 +126,10 @@ def test_a_clip_fails_where_a_frame_fails(by):
     clips = images(6).reshape(2, 3, 3, 8, 8)
     clips[1, 2, 0, 0, 0] = math.inf
     assert OverFrames(Jpeg(), by)(clips, [None] * 2).isnan().tolist() == [False, True]
+    # not even where it is not looked at
+    clips[1, 2, 0, 0, 0], clips[0, 1, 2, 7, 7] = 0.5, math.nan
+    assert OverFrames(bright, by, 2)(clips, [None] * 2).isnan().tolist() == [True, False]
+    clips[1, 2, 0, 0, 0], clips[0, 1, 2, 7, 7] = math.inf, 0.5
     # an infinite frame does not hide behind a lower one
     assert OverFrames(bright, by)(clips, [None] * 2).isnan().tolist() == [False, True]
 

@@ -17,7 +17,8 @@ from steering.rewards.compose import Composable, name_of, scores_of
 class OverFrames(Composable):
     """reward(clip) = mean, or least, over frames f of r(frame f, prompt).
 
-    A clip has failed if one of the frames that are looked at has.
+    A clip has failed if one of the frames that are looked at has, or any has a pixel that is not
+    finite.
 
     Args:
         reward: of images [N, C, H, W] and their prompts.
@@ -66,4 +67,5 @@ class OverFrames(Composable):
         scores = scores_of(self.reward, images, [p for p in prompts for _ in range(shown)])
         scores = scores.reshape(n, shown)
         total = scores.mean(1) if self.by == "mean" else scores.amin(1)
-        return total.where(scores.isfinite().all(1), torch.nan)
+        whole = items.detach().flatten(1).isfinite().all(1) & scores.isfinite().all(1)
+        return total.where(whole, torch.nan)
