@@ -7,7 +7,8 @@ several sizes, some gray. For each:
     batch     largest difference between one call of 16 and 16 calls of one (at most 1e-4 is asked
               for), beside `spread`, the standard deviation of the scores that are compared,
     gradient  of those that say they are differentiable: largest relative error of the gradient
-              against central differences along it; of the others: does the score really carry
+              against central differences along it, but at `kinks`, where a minimum passes from
+              one part to another; of the others: does the score really carry
               none? `leak` is the largest gradient of a score in another item, and must be 0,
     broken    images with one pixel nan or infinite, of how many the score failed, and no other's;
               scored as the engine scores them, so that a crash would show.
@@ -39,6 +40,7 @@ N = 16
 PROMPTS = ["a red fox", "two dogs on a hill", "a sign that says 10", ""] * (N // 4)
 SIZES = [(3, 40, 48), (3, 32, 32), (1, 28, 28), (3, 90, 61)]
 STEP = 0.02  # of the differences; float32 scores leave three of their digits
+KINK = 0.2  # the slopes of both sides differ by this share
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Findings:
     gradient: float = 0.0
     leak: float = 0.0
     flag: bool = True
+    points: int = 0
+    kinks: int = 0
     broken: int = 0
     failed: int = 0
     wrongly: int = 0
@@ -83,10 +87,15 @@ def gradients(reward: Any, x: Tensor, found: Findings) -> None:
         found.flag &= 0 < size < math.inf
         way = STEP * gradient[k] / size
         with torch.no_grad():
-            up, down = (
-                float(reward((x[k] + sign * way)[None], PROMPTS[k : k + 1])) for sign in (1, -1)
+            up, here, down = (
+                float(reward((x[k] + sign * way)[None], PROMPTS[k : k + 1])) for sign in (1, 0, -1)
             )
-        found.gradient = max(found.gradient, abs((up - down) / (2 * STEP) / size - 1))
+        found.points += 1
+        if abs(up - 2 * here + down) > KINK * STEP * size:
+            found.kinks += 1  # a minimum changes its mind between the two: no slope to compare
+        else:
+            found.gradient = max(found.gradient, abs((up - down) / (2 * STEP) / size - 1))
+    found.flag &= 2 * found.kinks < found.points
 
 
 def breaks(reward: Any, x: Tensor, rng: torch.Generator, found: Findings) -> None:
@@ -123,7 +132,7 @@ def main() -> None:
     header()
     seeds, sizes = (range(1), SIZES[:2]) if quick else (range(8), SIZES)
     print(f"{len(seeds)} seeds, sizes {', '.join('x'.join(map(str, size)) for size in sizes)}\n")
-    print(f"{'reward':<26} batch     spread    gradient            broken images")
+    print(f"{'reward':<26} batch     spread    gradient                          broken images")
     worst, table = Findings(), {}
     with tempfile.TemporaryDirectory() as folder, tiny_rewards.imscore():
         everything = tiny_rewards.every(Path(folder))
@@ -136,9 +145,10 @@ def main() -> None:
                 reward(torch.rand((1, 2, 3, 32, 32) if "Over" in name else (1, 3, 32, 32)), ["a"])
         for name, reward, found in rows(everything, seeds, sizes):
             slope = f"{found.gradient:.1e} leak {found.leak:g}" if reward.differentiable else "none"
+            slope += f", {found.kinks} of {found.points} kinks" if found.kinks else ""
             slope += "" if found.flag else " FLAG IS WRONG"
             print(
-                f"{name:<26} {found.batch:.1e}   {found.spread:<9.2g} {slope:<19} "
+                f"{name:<26} {found.batch:.1e}   {found.spread:<9.2g} {slope:<33} "
                 f"{found.failed} of {found.broken} failed, {found.wrongly} others",
                 flush=True,
             )

@@ -208,7 +208,7 @@ def test_clip_and_pick_scores_are_the_models_logits(folder):
 
 
 def test_aesthetic_is_its_layers_on_the_unit_embedding(folder, tmp_path):
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
     from transformers import CLIPModel
 
     head = tiny_rewards.head(tmp_path / "head")
@@ -224,7 +224,12 @@ def test_aesthetic_is_its_layers_on_the_unit_embedding(folder, tmp_path):
         weight = weights[f"layers.{k}.weight"].double()
         slope, offset = weight @ slope, weight @ offset + weights[f"layers.{k}.bias"].double()
     expected = (embedding @ slope.T + offset)[:, 0]
-    for given in (head, f"{head}/model.safetensors"):
+    # numbers, not names, say which layer comes first
+    save_file(
+        {k.replace("layers.7.", "layers.10."): v for k, v in weights.items()},
+        tmp_path / "ten.safetensors",
+    )
+    for given in (head, f"{head}/model.safetensors", str(tmp_path / "ten.safetensors")):
         scores = Aesthetic(folder, given)(x, [None] * 4).double()
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)  # float32 of numbers near 1
 
@@ -284,6 +289,19 @@ def test_pickled_weights_are_not_loaded(folder, tmp_path):
     for name in ("sac+logos+ava1-l14-linearMSE.pth", "head.pt", "head.bin"):
         with pytest.raises(ValueError, match="pickle"):
             Aesthetic(head=name)
+
+
+def test_imscore_is_not_asked_where_there_are_no_safetensors(monkeypatch):
+    def missing(*arguments, **options):
+        raise OSError("RE-N-Y/ImageReward has no file named model.safetensors")
+
+    # its loader would take a pickle file of a hub repository instead
+    monkeypatch.setattr("transformers.utils.hub.cached_file", missing)
+    monkeypatch.setattr(
+        tiny_rewards.StandIn, "from_pretrained", lambda *a, **k: pytest.fail("asked")
+    )
+    with tiny_rewards.imscore(), pytest.raises(ImportError, match=r"no file named model\."):
+        Imscore("imagereward")(images(1), ["a"])
 
 
 def test_a_head_that_does_not_fit_is_told(folder, tmp_path):

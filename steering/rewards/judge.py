@@ -89,8 +89,8 @@ class Judge(Composable):
         if len(answer) > _LONGEST:
             return None
         try:
-            # a list of pairs is no dict: a second "score" is seen; NaN and Infinity are no JSON
-            value = json.loads(answer, object_pairs_hook=_Pairs, parse_constant=_no_constant)
+            # pairs, and not a dict, in which a second "score" would go unseen
+            value = json.loads(answer, object_pairs_hook=_Pairs)
             if isinstance(value, _Pairs):
                 ((key, value),) = value
                 if key != "score":
@@ -105,7 +105,3 @@ class Judge(Composable):
 
 class _Pairs(list):
     """A JSON object as the pairs it was written in."""
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(name)
