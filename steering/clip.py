@@ -48,16 +48,9 @@ class Pixels:
         kind = getattr(transformers, "CLIPImageProcessorPil" if pil else "CLIPImageProcessor")
         own: Any = kind.from_pretrained(model, revision=revision)
         size = {k: v for k, v in dict(own.size).items() if v is not None}
+        known = size.keys() in ({"shortest_edge"}, {"height", "width"})
         steps = own.do_resize and own.do_normalize and own.do_rescale
-        if (
-            not steps
-            or int(own.resample) != _BICUBIC
-            or size.keys() - {"height", "width"}
-            not in (
-                set(),
-                {"shortest_edge"},
-            )
-        ):
+        if not (known and steps and int(own.resample) == _BICUBIC):
             raise ValueError(
                 f"the processor of {model} resizes to {size} with filter {own.resample}: only a "
                 "bicubic resize, a centre crop and a normalisation are known; give another model."
