@@ -11,15 +11,15 @@ a row: the pair of classifier-free guidance is two, so 10,000 rows are 100 image
 counts so is not published. FILE holds one prompt a line, for instance the 200 of DrawBench;
 `--first 40` takes forty of them.
 
-ImageReward comes from `pip install imscore` and two downloads. Look at a held-out reward too, with
-`--also`: a search finds what a reward overlooks. FK steering gets its published search setting, the
-max potential at lam = 10; its particles, and the settings of DTS*, are searched on a seed apart.
+ImageReward comes from `pip install "diffusion-steering[imscore]"` and two downloads. Look at a
+held-out reward too, with `--also`: a search finds what a reward overlooks. FK steering gets its
+published search setting, the max potential at lam = 10; its particles, and the settings of DTS*,
+are searched on a seed apart.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from benchmarks import ladder
 from benchmarks.report import finish, header
 from samplers import SMC, BestOfN, Sweep, TreeSearch, table
 from samplers.cli.words import parse_reward
+from samplers.scoring import reward_name
 from steering import from_pipeline, rewards
 
 METRICS = ("best", "also: -jpeg kB", "root_ess", "seconds")
@@ -38,21 +39,6 @@ SAMPLERS: dict[str, Any] = {
     "DTS*": [TreeSearch(), TreeSearch(branch="even"), TreeSearch(value="clean")],
     "FK steering, max": [SMC(4, "max"), SMC(16, "max"), SMC(potential="max")],
 }
-
-
-def image_reward(device: str) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """ImageReward (Xu et al. 2023, arXiv 2304.05977): about normal(0, 1) over people's images."""
-    try:
-        module = importlib.import_module("imscore.imreward.model")
-    except ImportError as error:
-        raise SystemExit("ImageReward needs imscore: pip install imscore.") from error
-    net = module.ImageReward.from_pretrained("RE-N-Y/ImageReward").to(device).eval()
-
-    @torch.no_grad()
-    def imagereward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return net.score(images.to(device, torch.float32), list(prompts)).squeeze(1)
-
-    return imagereward
 
 
 def parts(args: Any) -> tuple[Any, list[str], Any]:
@@ -68,7 +54,7 @@ def parts(args: Any) -> tuple[Any, list[str], Any]:
         raise SystemExit("--prompts is missing: a file of one prompt a line.")
     lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines()]
     prompts = [line for line in lines if line][: args.first]
-    reward = parse_reward(args.reward, args.device) if args.reward else image_reward(args.device)
+    reward = parse_reward(args.reward, args.device)
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
@@ -85,7 +71,7 @@ def main() -> None:
     parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
     parser.add_argument("--first", type=int, help="only so many of them")
-    parser.add_argument("--reward", help="instead of ImageReward; as for `steer sample`")
+    parser.add_argument("--reward", default="imagereward", help="as for `steer sample`")
     parser.add_argument("--also", action="append", default=[], help="held out; likewise")
     args = ladder.parse(parser)
     if args.quick:
@@ -95,7 +81,7 @@ def main() -> None:
     held_out = [parse_reward(text, args.device) for text in args.also]
     sweep = Sweep(
         from_pipeline(pipe, prompts, steps=5 if args.quick else 50, eta=1.0, guidance_scale=7.5),
-        {"ImageReward" if reward.__name__ == "imagereward" else reward.__name__: reward},
+        {reward_name(reward): reward},
         SAMPLERS,
         args.nfe,
         seeds=args.seeds,

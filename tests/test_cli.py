@@ -1,6 +1,7 @@
 """The `steer` command: what it writes, and one line for every mistake."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,17 @@ from samplers import SMC, BestOfN, Importance, TreeSampling, TreeSearch, cli, lo
 from samplers.cli.words import parse_reward, parse_sampler, sampler_words
 from search.widen import Widening
 from steering import from_pipeline, zoo
-from steering.rewards import Classifier, Jpeg, Sum
+from steering.rewards import (
+    Aesthetic,
+    Classifier,
+    ClipScore,
+    Imscore,
+    Jpeg,
+    Judge,
+    PickScore,
+    Sum,
+)
+from tests import tiny_rewards
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["sample", "--model", "zoo:mnist", "--steps", "4", "--nfe", "64", "--quiet"]
@@ -26,6 +37,9 @@ def bright(images, prompts):
 @from_pil
 def wide(images):
     return [float(image.width) for image in images]
+
+def asked(images, prompts):
+    return ["7"] * len(images)
 
 number = 3
 """
@@ -117,6 +131,35 @@ def test_rewards_are_read_from_words(own):
     assert parse_reward("pair:4,9", "cpu").name == "2*min(log p(4), log p(9))"
 
 
+def test_learned_rewards_are_one_name_away(own):
+    assert parse_reward("clip", "cpu") == ClipScore()
+    assert parse_reward("clip:openai/clip-vit-base-patch32", "cuda") == ClipScore(
+        "openai/clip-vit-base-patch32", device="cuda"
+    )
+    assert parse_reward("pickscore", "cpu") == PickScore()
+    assert parse_reward("aesthetic", "cpu") == Aesthetic()
+    with tiny_rewards.imscore():
+        assert parse_reward("imagereward", "cpu") == Imscore("imagereward")
+        total = parse_reward("0.1*hpsv2 + cyclereward", "cpu")
+    assert total.name == "0.1*HPSv2.1 + 1*CycleReward"
+    judge = parse_reward("judge:my_rewards:asked", "cpu")
+    assert isinstance(judge, Judge)
+    assert judge.name == "judge asked"
+
+
+def test_a_learned_reward_and_a_judge_steer_from_the_shell(own):
+    # grey digits without a prompt: rewards that do not read it
+    folder, head = tiny_rewards.clip(own / "clip"), tiny_rewards.head(own / "head")
+    Path("my_rewards.py").write_text(
+        f"{OWN}\nfrom steering.rewards import Aesthetic\nbeauty = Aesthetic({folder!r}, {head!r})\n"
+    )
+    asked = ["--reward", "my_rewards:beauty", "--also", "judge:my_rewards:asked", "--draws", "2"]
+    assert cli.main([*SMALL, *asked, "--out", "out"]) == 0
+    draws = json.loads(Path("out/result.json").read_text())["draws"]
+    assert all(math.isfinite(reward) for reward in draws["rewards"])
+    assert draws["also: judge asked"] == [7.0] * len(draws["rewards"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
@@ -136,6 +179,11 @@ def test_rewards_are_read_from_words(own):
         ([*SMALL, "--reward", "my_rewards:f"], "has no function f"),
         ([*SMALL, "--reward", "my_rewards:number"], "has no function number"),
         ([*SMALL, "--reward", "jpeg", "--also", "beauty"], "beauty"),
+        ([*SMALL, "--reward", "clip:./no/clip"], "./no/clip"),
+        ([*SMALL, "--reward", "judge:"], "judge:MODULE:FUNCTION"),
+        ([*SMALL, "--reward", "judge:my_rewards:f"], "has no function f"),
+        ([*SMALL, "--reward", "judge:my_rewards"], "has no function"),
+        ([*SMALL, "--reward", "imagereward"], "diffusion-steering[imscore]"),
         ([*SMALL, "--reward", "jpeg", "--sampler", "mcts"], "mcts"),
         ([*SMALL, "--reward", "jpeg", "--sampler", "dts", "depth=3"], "depth=3"),
         ([*SMALL, "--reward", "jpeg", "--sampler", "dts", "parallel"], "KEY=VALUE"),
@@ -155,6 +203,10 @@ def test_rewards_are_read_from_words(own):
 def test_a_mistake_gets_one_line(own, capsys, arguments, names):
     assert names in fails(capsys, *arguments)
     assert not Path("runs").exists()
+
+
+def test_a_reward_that_needs_a_prompt_says_so(own, capsys):
+    assert "the prompt None" in fails(capsys, *SMALL, "--reward", "clip")
 
 
 def test_a_pipeline_folder_is_steered_in_silence(tmp_path):

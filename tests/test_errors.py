@@ -9,7 +9,21 @@ from diffusers import DDIMScheduler
 from samplers import SMC, Ancestral, BestOfN, TreeSampling, TreeSearch, load, sample
 from search.widen import Widening
 from steering import Model, from_pipeline, zoo
-from steering.rewards import Classifier, Jpeg, Minimum, Sum, from_pil
+from steering.rewards import (
+    Aesthetic,
+    Classifier,
+    ClipScore,
+    Imscore,
+    Jpeg,
+    Judge,
+    Minimum,
+    OverFrames,
+    PickScore,
+    Product,
+    Standardized,
+    Sum,
+    from_pil,
+)
 from tests.brownian import brownian, first
 from tests.tiny_pipelines import pixel_pipeline
 
@@ -117,6 +131,26 @@ PARTS = {
     "quality": (lambda: Jpeg(quality=0), "quality"),
     "terms": (lambda: Sum([(1.0, 3)]), "terms"),
     "rewards": (lambda: Minimum([Jpeg()]), "rewards"),
+    "product": (lambda: Product([Jpeg()]), "rewards"),
+    "standardized": (lambda: Standardized(3, 0.0, 1.0), "reward"),
+    "standardized-mean": (lambda: Standardized(Jpeg(), math.nan, 1.0), "mean"),
+    "standardized-std": (lambda: Standardized(Jpeg(), 0.0, 0.0), "std"),
+    "frames-reward": (lambda: OverFrames("clip"), "reward"),
+    "frames-by": (lambda: OverFrames(Jpeg(), "max"), "by="),
+    "frames": (lambda: OverFrames(Jpeg(), frames=0), "frames"),
+    "judge": (lambda: Judge("gpt"), "function"),
+    "judge-range": (lambda: Judge(print, 10.0, 0.0), "low"),
+    "clip-model": (lambda: ClipScore(3), "model"),
+    "clip-model-empty": (lambda: ClipScore(""), "model"),
+    "clip-folder": (lambda: ClipScore("./no/such/folder"), "model"),
+    "clip-batch": (lambda: ClipScore(batch=0), "batch"),
+    "clip-device": (lambda: ClipScore(device="abacus"), "device"),
+    "pick-dtype": (lambda: PickScore(dtype="float16"), "dtype"),
+    "pick-dtype-whole": (lambda: PickScore(dtype=torch.int8), "dtype"),
+    "aesthetic-head": (lambda: Aesthetic(head="head.pth"), "head"),
+    "aesthetic-head-missing": (lambda: Aesthetic(head="./head.safetensors"), "head"),
+    "imscore": (lambda: Imscore("hps"), "scorer"),
+    "imscore-model": (lambda: Imscore("hpsv2.1", "/no/such/folder"), "model"),
     "from-pil": (lambda: from_pil(3), "from_pil"),
     "zoo": (lambda: zoo.load("imagenet"), "imagenet"),
     "zoo-reference": (lambda: zoo.reference("cifar"), "cifar"),

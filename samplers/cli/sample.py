@@ -32,8 +32,10 @@ def add(commands: Any) -> None:
         required=True,
         metavar="REWARD",
         help="classifier:0,2,4 (log-probability of these digits), pair:4,9 (both at once), "
-        "jpeg[:QUALITY] (minus kilobytes), MODULE:FUNCTION (your own Python, run as it is), "
-        "or a sum such as '0.7*classifier:8+0.3*jpeg'",
+        "jpeg[:QUALITY] (minus kilobytes), clip, pickscore, aesthetic, imagereward, hpsv2 or "
+        "cyclereward (learned; [:MODEL], a hub id or folder), judge:MODULE:FUNCTION (yours, images "
+        "and prompts -> texts, each a number 0 to 10), MODULE:FUNCTION (your own Python, run as it "
+        "is), or a sum such as '0.7*classifier:8+0.3*jpeg'",
     )
     what.add_argument(
         "--also",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import samplers
@@ -19,6 +20,14 @@ _SAMPLERS = {
     "smc": samplers.SMC,
     "dts": samplers.TreeSampling,
     "dts-star": samplers.TreeSearch,
+}
+_LEARNED: dict[str, Any] = {  # each may be followed by :MODEL, a hub id or folder
+    "clip": rewards.ClipScore,
+    "pickscore": rewards.PickScore,
+    "aesthetic": rewards.Aesthetic,
+    "imagereward": partial(rewards.Imscore, "imagereward"),
+    "hpsv2": partial(rewards.Imscore, "hpsv2.1"),
+    "cyclereward": partial(rewards.Imscore, "cyclereward"),
 }
 
 
@@ -56,7 +65,8 @@ def sampler_words(sampler: Any) -> list[str]:
 
 
 def parse_reward(text: str, device: str) -> Any:
-    """`classifier:4,9`, `pair:4,9`, `jpeg`, `module:function`, or a sum `0.7*A + 0.3*B` of them."""
+    """`classifier:4,9`, `pair:4,9`, `jpeg`, a learned reward by its name, `judge:module:function`,
+    `module:function`, or a sum `0.7*A + 0.3*B` of them."""
     terms = []
     for part in text.split("+"):
         weight, star, name = part.strip().rpartition("*")
@@ -81,10 +91,15 @@ def _one_reward(text: str, device: str) -> Any:
         return len(classes) * rewards.Minimum(tuple(rewards.Classifier(net, [c]) for c in classes))
     if name == "jpeg":
         return rewards.Jpeg(int(rest)) if rest else rewards.Jpeg()
+    if name in _LEARNED:
+        return _LEARNED[name](**{"model": rest} if rest else {}, device=device)
+    if name == "judge" and rest:
+        module, _, function = rest.partition(":")
+        return rewards.Judge(own_function(module, function), name=f"judge {function}")
     if not rest:
         raise ValueError(
-            f"no reward {text!r}: give classifier:CLASSES, pair:CLASSES, jpeg[:QUALITY] or "
-            "MODULE:FUNCTION of your own."
+            f"no reward {text!r}: give classifier:CLASSES, pair:CLASSES, jpeg[:QUALITY], "
+            f"{', '.join(_LEARNED)}, judge:MODULE:FUNCTION or MODULE:FUNCTION of your own."
         )
     return own_function(name, rest)
 

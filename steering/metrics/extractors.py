@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering.clip import Pixels
+from steering.weights import frozen, pinned
+
 _BATCH = 250  # images at a time
 
 
@@ -97,18 +100,16 @@ def _inception(rest: str, device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def _clip(rest: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+    from transformers import CLIPVisionModelWithProjection
 
-    net: Any = CLIPVisionModelWithProjection.from_pretrained(rest, use_safetensors=True)
-    processor: Any = CLIPImageProcessor.from_pretrained(rest)
-    net = net.to(device).eval()
+    revision = pinned(rest)
+    net: Any = CLIPVisionModelWithProjection.from_pretrained(
+        rest, revision=revision, use_safetensors=True
+    )
+    net, pixels = frozen(net, device, torch.float32), Pixels.load(rest, revision)
 
-    def embed(images: Tensor) -> Tensor:
-        arrays = list(_bytes(images).permute(0, 2, 3, 1).cpu().numpy())
-        pixels = processor(images=arrays, return_tensors="pt")["pixel_values"]
-        return net(pixel_values=pixels.to(device)).image_embeds
-
-    return embed
+    # bytes first: what a model drew is compared with images that were stored as bytes
+    return lambda images: net(pixel_values=pixels(_bytes(images).to(device) / 255)).image_embeds
 
 
 def _bytes(images: Tensor) -> Tensor:

@@ -1,12 +1,37 @@
 """What is wanted of an item: one reward per file, and how rewards compose.
 
 A reward is any callable `(items, prompts) -> [N]`, higher is better; what is here adds a name, says
-whether it is differentiable, and composes: `0.7 * Classifier(net, [4]) + 0.3 * Jpeg()`.
+whether it is differentiable, and composes: `0.7 * Classifier(net, [4]) + 0.3 * Jpeg()`. Its `card`
+has the facts: range, memory, revision of the weights, licence, paper. Learned ones load their
+weights at the first call.
 """
 
+from steering.rewards.aesthetic import Aesthetic
+from steering.rewards.card import Card
 from steering.rewards.classifier import Classifier
-from steering.rewards.compose import Minimum, Sum
+from steering.rewards.clip_score import ClipScore
+from steering.rewards.compose import Minimum, Product, Standardized, Sum
+from steering.rewards.frames import OverFrames
+from steering.rewards.imscore import Imscore
 from steering.rewards.jpeg import Jpeg
+from steering.rewards.judge import Judge
+from steering.rewards.pick_score import PickScore
 from steering.rewards.pil import FromPil, from_pil
 
-__all__ = ["Classifier", "FromPil", "Jpeg", "Minimum", "Sum", "from_pil"]
+__all__ = [
+    "Aesthetic",
+    "Card",
+    "Classifier",
+    "ClipScore",
+    "FromPil",
+    "Imscore",
+    "Jpeg",
+    "Judge",
+    "Minimum",
+    "OverFrames",
+    "PickScore",
+    "Product",
+    "Standardized",
+    "Sum",
+    "from_pil",
+]

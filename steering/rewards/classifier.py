@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steering.rewards.card import Card
 from steering.rewards.compose import Composable
 
 
@@ -53,6 +55,18 @@ class Classifier(Composable):
     def name(self) -> str:
         """For tables."""
         return f"log p({','.join(map(str, self.classes))})"
+
+    @property
+    def card(self) -> Card:
+        """Facts; of a network of the user's they are few."""
+        return Card(
+            higher="the classes are more probable, in nats",
+            range=(-math.inf, 0.0),
+            differentiable=True,
+            memory=None,
+            source=type(self.net).__name__,
+            notes="does not read the prompt",
+        )
 
     def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
         weights = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None

@@ -1,4 +1,4 @@
-"""Rewards made of rewards: weighted sums and the worst of several."""
+"""Rewards made of rewards: weighted sums, products, the worst of several, standard scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from steering.core import Reward
 
 
 class Composable:
-    """Gives a reward `+` and multiplication by a number; both make a `Sum`."""
+    """Gives a reward `+` and multiplication by a number, which make a `Sum`, and multiplication by
+    another reward, which makes a `Product`."""
 
     def __add__(self, other: Any) -> Sum:
         return Sum(_terms(self) + _terms(other)) if callable(other) else NotImplemented
@@ -23,12 +24,15 @@ class Composable:
     def __radd__(self, other: Any) -> Sum:
         return Sum(_terms(other) + _terms(self)) if callable(other) else NotImplemented
 
-    def __mul__(self, weight: Any) -> Sum:
-        if isinstance(weight, bool) or not isinstance(weight, Real):
+    def __mul__(self, other: Any) -> Any:
+        if callable(other):
+            return Product(_factors(self) + _factors(other))
+        if isinstance(other, bool) or not isinstance(other, Real):
             return NotImplemented
-        return Sum(tuple((float(weight) * own, reward) for own, reward in _terms(self)))
+        return Sum(tuple((float(other) * own, reward) for own, reward in _terms(self)))
 
-    __rmul__ = __mul__
+    def __rmul__(self, other: Any) -> Any:
+        return Product(_factors(other) + _factors(self)) if callable(other) else self * other
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,46 @@ class Sum(Composable):
     @property
     def name(self) -> str:
         """The formula, with the parts' own names."""
-        return " + ".join(f"{weight:g}*{_name(reward)}" for weight, reward in self.terms)
+        return " + ".join(f"{weight:g}*{name_of(reward)}" for weight, reward in self.terms)
 
     def __call__(self, items: Any, prompts: Sequence[Any]) -> Tensor:
         scores = [
-            weight * _scores(reward, items, prompts) for weight, reward in self.terms if weight
+            weight * scores_of(reward, items, prompts) for weight, reward in self.terms if weight
         ]
         zero = torch.zeros(len(prompts), device=getattr(items, "device", None))
         return sum(scores, zero)
+
+
+@dataclass(frozen=True)
+class Product(Composable):
+    """Product: reward(x) = prod_k r_k(x), for parts that are >= 0. `a * b` makes one too.
+
+    An item has failed that a part finds below 0: two of them would make what is worse look better.
+
+    Args:
+        rewards: at least two.
+    """
+
+    rewards: Sequence[Reward]  # kept as a tuple
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rewards", _several(self.rewards))
+
+    @property
+    def differentiable(self) -> bool:
+        """Are all parts?"""
+        return all(getattr(reward, "differentiable", False) for reward in self.rewards)
+
+    @property
+    def name(self) -> str:
+        """The formula, with the parts' own names."""
+        names = [name_of(reward) for reward in self.rewards]
+        return " * ".join(f"({name})" if " + " in name else name for name in names)
+
+    def __call__(self, items: Any, prompts: Sequence[Any]) -> Tensor:
+        scores = torch.stack([scores_of(reward, items, prompts) for reward in self.rewards])
+        # an infinite part has failed, whatever it is multiplied by
+        return scores.prod(0).where((scores.isfinite() & (scores >= 0)).all(0), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -86,10 +122,7 @@ class Minimum(Composable):
     rewards: Sequence[Reward]  # kept as a tuple
 
     def __post_init__(self) -> None:
-        rewards = tuple(self.rewards)
-        if len(rewards) < 2 or not all(callable(reward) for reward in rewards):
-            raise ValueError(f"rewards={self.rewards!r}: give at least two rewards.")
-        object.__setattr__(self, "rewards", rewards)
+        object.__setattr__(self, "rewards", _several(self.rewards))
 
     @property
     def differentiable(self) -> bool:
@@ -99,24 +132,94 @@ class Minimum(Composable):
     @property
     def name(self) -> str:
         """The formula, with the parts' own names."""
-        return f"min({', '.join(_name(reward) for reward in self.rewards)})"
+        return f"min({', '.join(name_of(reward) for reward in self.rewards)})"
 
     def __call__(self, items: Any, prompts: Sequence[Any]) -> Tensor:
-        scores = torch.stack([_scores(reward, items, prompts) for reward in self.rewards])
+        scores = torch.stack([scores_of(reward, items, prompts) for reward in self.rewards])
         # an infinite part has failed, and must not hide behind a finite one
         return scores.amin(0).where(scores.isfinite().all(0), torch.nan)
+
+
+@dataclass(frozen=True)
+class Standardized(Composable):
+    """Standard score: reward(x) = (r(x) - mean) / std, mean and std fixed beforehand.
+
+    Sums of rewards of unlike scales: `Standardized.fit(a, images, prompts) + Standardized.fit(b,
+    images, prompts)`. Never by the batch that is scored: an item's reward would depend on others.
+
+    Args:
+        reward: what is standardized.
+        mean, std: of its values over plain samples of the model; std > 0.
+        count: number of items they were fitted on, 0 if they were given.
+    """
+
+    reward: Reward
+    mean: float
+    std: float
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        if not callable(self.reward):
+            raise TypeError(f"reward={self.reward!r} is no reward: give (items, prompts) -> [N].")
+        if not (isinstance(self.mean, Real) and math.isfinite(self.mean)):
+            raise ValueError(f"mean={self.mean!r}: give a finite number.")
+        if not (isinstance(self.std, Real) and math.isfinite(self.std) and self.std > 0):
+            raise ValueError(f"std={self.std!r}: give a finite number above 0.")
+
+    @classmethod
+    def fit(cls, reward: Reward, items: Any, prompts: Sequence[Any]) -> Standardized:
+        """With the mean and standard deviation of a reward over items; failed ones are left out.
+
+        Raises:
+            ValueError: fewer than two items have a reward, or all the same one.
+        """
+        with torch.no_grad():
+            scores = scores_of(reward, items, prompts).double()
+        scores = scores[scores.isfinite()]
+        spread = float(scores.std()) if len(scores) > 1 else 0.0
+        if spread == 0:
+            raise ValueError(
+                f"items: reward {name_of(reward)} has {len(scores.unique())} finite values over "
+                f"{len(prompts)} of them; give more items, that differ."
+            )
+        return cls(reward, float(scores.mean()), spread, len(scores))
+
+    @property
+    def differentiable(self) -> bool:
+        """Is the reward?"""
+        return getattr(self.reward, "differentiable", False)
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"z({name_of(self.reward)})"
+
+    def __call__(self, items: Any, prompts: Sequence[Any]) -> Tensor:
+        return (scores_of(self.reward, items, prompts) - self.mean) / self.std
+
+
+def _several(rewards: Any) -> tuple[Reward, ...]:
+    several = tuple(rewards)
+    if len(several) < 2 or not all(callable(reward) for reward in several):
+        raise ValueError(f"rewards={rewards!r}: give at least two rewards.")
+    return several
+
+
+def _factors(reward: Any) -> tuple[Reward, ...]:
+    return tuple(reward.rewards) if isinstance(reward, Product) else (reward,)
 
 
 def _terms(reward: Any) -> tuple[tuple[float, Reward], ...]:
     return tuple(reward.terms) if isinstance(reward, Sum) else ((1.0, reward),)
 
 
-def _name(reward: Any) -> str:
+def name_of(reward: Any) -> str:
+    """How a reward is called in tables: its `name`, its function's name, or its class."""
     own = getattr(reward, "name", None) or getattr(reward, "__name__", None)
     return own if isinstance(own, str) else type(reward).__name__
 
 
-def _scores(reward: Reward, items: Any, prompts: Sequence[Any]) -> Tensor:
+def scores_of(reward: Reward, items: Any, prompts: Sequence[Any]) -> Tensor:
     """[N] on the items' device; None counts as failed (nan)."""
     value = reward(items, prompts)
     if not isinstance(value, Tensor):
@@ -124,7 +227,7 @@ def _scores(reward: Reward, items: Any, prompts: Sequence[Any]) -> Tensor:
         value = torch.tensor(numbers, dtype=torch.float64)
     if tuple(value.shape) != (len(prompts),):
         raise TypeError(
-            f"reward {_name(reward)} returned shape {tuple(value.shape)} for {len(prompts)} items: "
-            f"return one number per item, shape ({len(prompts)},)."
+            f"reward {name_of(reward)} returned shape {tuple(value.shape)} for {len(prompts)} "
+            f"items: return one number per item, shape ({len(prompts)},)."
         )
     return value.to(getattr(items, "device", value.device))

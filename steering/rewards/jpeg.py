@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from steering.rewards.card import Card
 from steering.rewards.compose import Composable
 from steering.rewards.pil import FromPil
 
@@ -37,6 +39,17 @@ class Jpeg(Composable):
     def name(self) -> str:
         """For tables."""
         return "-jpeg kB"
+
+    @property
+    def card(self) -> Card:
+        """Facts."""
+        return Card(
+            higher="the file is smaller, in kB",
+            range=(-math.inf, 0.0),
+            differentiable=False,
+            paper="arXiv:2305.13301",
+            notes="does not read the prompt; smooth images win",
+        )
 
     def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
         return FromPil(self._sizes, self.name)(items, prompts)

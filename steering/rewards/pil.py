@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from steering.rewards.card import Card
 from steering.rewards.compose import Composable
 
 
@@ -29,6 +30,17 @@ class FromPil(Composable):
     function: Callable[..., Sequence[float | None] | Tensor]
     name: str
     differentiable: bool = field(default=False, init=False)
+
+    @property
+    def card(self) -> Card:
+        """Facts; of a function of the user's they are few."""
+        return Card(
+            higher=f"{self.name} says so",
+            range=(-math.inf, math.inf),
+            differentiable=False,
+            memory=None,
+            source="a function of the user's",
+        )
 
     def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
         shown = items.detach().flatten(1).isfinite().all(1).nonzero().flatten().tolist()

@@ -1,0 +1,49 @@
+"""What rewards share that compare an image with its prompt by a CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.clip import Towers
+from steering.rewards.batched import check_network, in_batches
+from steering.rewards.compose import Composable, name_of
+from steering.weights import CLIP_LARGE, check_source, loading
+
+
+@dataclass(frozen=True)
+class TwoTowers(Composable):
+    """reward(x) = scale · cos(image embedding of x, text embedding of its prompt)."""
+
+    model: str = CLIP_LARGE
+    revision: str | None = None
+    device: str | torch.device = "cpu"
+    dtype: torch.dtype = torch.float32
+    batch: int = 16
+    differentiable: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        check_source("model", self.model)
+        check_network(self.batch, self.device, self.dtype)
+
+    @cached_property
+    def towers(self) -> Towers:
+        """The network, loaded when it is first wanted."""
+        with loading(name_of(self), self.model):
+            return Towers.load(self.model, self.revision, self.device, self.dtype)
+
+    def scale(self) -> float | Tensor:
+        """What cosines are multiplied by."""
+        raise NotImplementedError
+
+    def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
+        def score(images: Tensor, texts: list[str]) -> Tensor:
+            return self.scale() * self.towers.cosine(images, texts)
+
+        device = torch.device(self.device)
+        return in_batches(name_of(self), score, items, prompts, self.batch, device)
