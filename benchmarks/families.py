@@ -31,6 +31,7 @@ from torch import Tensor
 from benchmarks.report import finish, header
 from samplers import TreeSearch, sample
 from steering import Model, from_pipeline, noise
+from steering.pipelines import FAMILIES
 from steering.pipelines.driven import DrivenDecoder, DrivenDenoiser, items_of
 from tests.tiny import Tiny, families
 
@@ -46,7 +47,7 @@ class Found:
     name: str
     refused: str = ""  # the reason
     differ: tuple[str, ...] = ()  # what is not as in the pipeline's own run
-    native: str = ""  # what `from_pipeline` does when not told
+    route: str = ""  # the routes there are
     injected: bool = False
     batches: bool = False
     conditions: bool = False
@@ -164,7 +165,7 @@ def try_family(tiny: Tiny, nfe: int) -> Found:
         tiny.name,
         "",
         against_itself(both, tiny, pipe),
-        model(1).about.partition(";")[0].partition(",")[0],
+        "native or driven" if tiny.name.split()[0] in FAMILIES else "driven",
         denoiser.oracle.injected,
         denoiser.batches,
         len(set(denoiser.kind)) == 1,
@@ -201,7 +202,7 @@ def as_table(found: list[Found]) -> str:
             continue
         where = "noise" if one.injected else "`latents=`"
         equal = "all steps, decoding" if not one.differ else f"not {', '.join(one.differ)}"
-        cells = [one.name, one.native, where, equal, mark[one.conditions and one.batches],
+        cells = [one.name, one.route, where, equal, mark[one.conditions and one.batches],
                  mark[one.steps], mark[one.gradient], str(one.rows)]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -234,7 +235,7 @@ def main() -> None:
         found.append(one)
         verdict = f"refused: {one.refused}" if one.refused else (
             f"{'steered' if one.steered else 'WRONG' if one.differ else 'not better'}: "
-            f"{one.native}, injected={one.injected}, batches={one.batches}, "
+            f"{one.route}, injected={one.injected}, batches={one.batches}, "
             f"conditions={one.conditions}, steps={one.steps}, gradient={one.gradient}, "
             f"rows={one.rows}, first {one.first:.3f} best {one.best:.3f}"
         )  # fmt: skip

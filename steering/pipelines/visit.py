@@ -108,11 +108,13 @@ class Visit:
     def _own(self, x: Tensor) -> Tensor:
         """One entry for every state, where a pipeline steps copies along for its guidance.
 
-        Copies that are not the same are left: they will not be taken for the states.
+        In a query, copies that are not the same are left: they will not be taken for the states. On
+        its own way a pipeline may add other noise to them, and go on from the first.
         """
         x = plain(x)
         copies = x.split(self.batch) if len(x) % self.batch == 0 else (x,)
-        return copies[0] if all(torch.equal(copies[0], copy) for copy in copies[1:]) else x
+        alike = self.at is None or all(torch.equal(copies[0], copy) for copy in copies[1:])
+        return copies[0] if alike else x
 
     def noise(self, draw: Callable[..., Tensor], shape: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The pipeline draws noise: the first draw of a state's shape is where it starts."""
