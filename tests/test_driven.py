@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -286,46 +284,6 @@ def test_two_threads_may_ask_and_decode_at_once():
             assert torch.equal(model.denoiser(x, t, row), clean)
     beside.join()
     assert not wrong
-
-
-@contextmanager
-def hooked(pipe: Any) -> Iterator[list[str]]:
-    """Offload hooks as diffusers sets them, on the CPU: notes which part was moved in."""
-    from accelerate.hooks import CpuOffload, add_hook_to_module
-
-    moved: list[str] = []
-
-    class Noted(CpuOffload):
-        def __init__(self, name: str) -> None:
-            super().__init__("cpu")
-            self.name = name
-
-        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-            if not moved or moved[-1] != self.name:
-                moved.append(self.name)
-            return super().pre_forward(module, *args, **kwargs)
-
-    for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module):
-            add_hook_to_module(part, Noted(name))
-    yield moved
-
-
-def test_networks_under_offload_hooks_are_driven_and_take_turns():
-    tiny = BY_NAME["FluxPipeline"]
-    plain = driven(tiny)
-    pipe = tiny.build()
-    with hooked(pipe) as moved:
-        model = from_pipeline(pipe, PROMPTS, steps=4, **{
-            k: tiny.call[k] for k in ("height", "width")
-        }, call={"max_sequence_length": tiny.call["max_sequence_length"]})  # fmt: skip
-        assert model.offloaded
-        assert "driven" in model.about
-        moved.clear()
-        run = sample(model, red, BestOfN(10), batch=8, progress=False)
-    other = sample(plain, red, BestOfN(10), batch=8, progress=False)
-    assert torch.equal(run.rewards, other.rewards)
-    assert moved == ["transformer", "vae"]
 
 
 # --- refusals ----------------------------------------------------------------------------------
