@@ -19,6 +19,9 @@ _SAMPLERS = {
     "smc": samplers.SMC,
     "dts": samplers.TreeSampling,
     "dts-star": samplers.TreeSearch,
+    "svdd": samplers.SVDD,
+    "beam": samplers.Beam,
+    "zero-order": samplers.ZeroOrder,
 }
 
 
