@@ -35,10 +35,11 @@ class SVDD:
 
     v_{k-1} that of the proposal kept: E[W f(x_0)] = E_p[exp(λ · reward(x_0)) f(x_0)] for every M,
     every f and every value, so that weighted draws follow p(x_0) · exp(λ · reward) as particles
-    grow in number, and the mean of W estimates Z without bias. In a word: W multiplies the mean
-    of the proposals' weights at every level, whose expectation given the past the choice then
-    divides out. W varies the more, the worse the guess foretells the reward: the effective sample
-    size tells. A failed proposal is left out of the means.
+    grow in number, and the mean of W estimates Z without bias. For given the past, a mean weight
+    times h of the proposal kept has the expectation of exp(v) h under p, and h begins with dividing
+    by exp(v), until at the data exp(v) = exp(λ · reward) is left. W varies the more, the worse the
+    guess foretells the reward: the effective sample size tells. A failed proposal is left out of
+    the means.
 
     Args:
         particles: per condition; all that the budget affords when None.

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from samplers.core import PRIOR, Draws, Plan, Rollouts, Walked
 from samplers.walks import Walks, check_count
 from steering.noise import child_key, root_key
-
-_WALKS_PER_PIVOT, _PIVOTS = 32, 16  # what pivots=None takes from the budget
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,10 @@ class ZeroOrder:
 
     Args:
         n: walks per condition; all that the budget affords when None.
-        neighbours: N.
+        neighbours: N of a round.
         angle: radians, above 0 and at most π/2, where a neighbour is a fresh draw.
-        pivots: searches per condition, independent of each other; None is one for 32 walks that
-            the budget affords, at most 16.
+        pivots: searches per condition, side by side and independent of each other: a single one
+            finds no more, and its few walks at a time leave network calls half empty.
 
     Raises:
         ValueError: a bad argument; from `init`, before the first network row, for a budget below
@@ -43,16 +41,16 @@ class ZeroOrder:
     """
 
     n: int | None = None
-    neighbours: int = 4
+    neighbours: int = 8
     angle: float = 0.5
-    pivots: int | None = None
+    pivots: int = 4
 
     def __post_init__(self) -> None:
         check_count("n", self.n)
-        if self.neighbours is None:
-            raise ValueError("neighbours=None: give a whole number of at least 1.")
-        check_count("neighbours", self.neighbours)
-        check_count("pivots", self.pivots)
+        for name in ("neighbours", "pivots"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}=None: give a whole number of at least 1.")
+            check_count(name, getattr(self, name))
         if type(self.angle) not in (int, float) or not 0 < self.angle <= math.pi / 2:
             raise ValueError(f"angle={self.angle!r}: give radians above 0 and at most pi / 2.")
 
@@ -62,9 +60,7 @@ class ZeroOrder:
                 "ZeroOrder turns Gaussian noise, and this chain starts from tokens: use BestOfN, "
                 "Beam or a tree."
             )
-        limit = Walks.start(plan, self.n).limit.tolist()
-        pivots = self.pivots or max(1, min(min(limit) // _WALKS_PER_PIVOT, _PIVOTS))
-        return Climb(plan, self, pivots, limit)
+        return Climb(plan, self, Walks.start(plan, self.n).limit.tolist())
 
     def ask(self, state: Climb, room: int) -> Rollouts:
         return state.ask(room)
@@ -91,10 +87,6 @@ class ZeroOrder:
             log_z=torch.full_like(best, torch.nan),  # a search says nothing of the mean
             ranked=True,
         )
-
-    def resolved(self, state: Climb) -> ZeroOrder:
-        """This sampler with the number of pivots it settled on."""
-        return replace(self, pivots=state.pivots)
 
 
 @dataclass
@@ -124,7 +116,6 @@ class Climb:
 
     plan: Plan
     search: ZeroOrder
-    pivots: int
     limit: list[int]  # [R] walks per condition
     queue: deque[tuple[Pivot, int]] = field(default_factory=deque)  # (search, id) to ask for
     flight: dict[int, Pivot] = field(default_factory=dict)
@@ -133,8 +124,8 @@ class Climb:
 
     def __post_init__(self) -> None:
         conditions = self.plan.conditions
-        rows = torch.arange(conditions).repeat(self.pivots)
-        numbers = torch.arange(self.pivots).repeat_interleave(conditions)
+        rows = torch.arange(conditions).repeat(self.search.pivots)
+        numbers = torch.arange(self.search.pivots).repeat_interleave(conditions)
         keys = child_key(root_key(self.plan.seed, rows), numbers)
         for row, number, key in zip(*(c.tolist() for c in (rows, numbers, keys)), strict=True):
             self._launch(Pivot(row, number, key))
@@ -158,7 +149,7 @@ class Climb:
             key=child_key(torch.tensor([pivot.key for pivot, _ in asked]), child),
             row=torch.tensor([pivot.row for pivot, _ in asked]),
             score=walks,
-            angle=torch.where(src == PRIOR, torch.nan, float(self.search.angle)),
+            angle=[math.nan if p.noise == PRIOR else self.search.angle for p, _ in asked],
             drop=drop,
         )
 
@@ -208,5 +199,6 @@ class Climb:
         n, limit = self.search.neighbours, self.limit[pivot.row]
         if pivot.round == 0:
             return range(pivot.number, min(pivot.number + 1, limit))
-        first = self.pivots + ((pivot.round - 1) * self.pivots + pivot.number) * n
+        pivots = self.search.pivots
+        first = pivots + ((pivot.round - 1) * pivots + pivot.number) * n
         return range(first, min(first + n, limit))

@@ -149,3 +149,21 @@ class FakeEngine:
         for handle in asked.drop.tolist():
             self.state.pop(handle, None)
         return answers
+
+
+class Recorder(FakeEngine):
+    """Remembers every walk it was asked for, and what each was scored."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.asked: list[Rollouts] = []
+        self.rewards: list[float] = []
+
+    def walk(self, asked):
+        answers = super().walk(asked)
+        self.asked.append(asked)
+        self.rewards += [reward for _, reward, *_ in answers]
+        return answers
+
+    def column(self, name: str) -> Tensor:
+        return torch.cat([getattr(asked, name) for asked in self.asked])

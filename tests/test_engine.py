@@ -14,7 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from samplers import SMC, Ancestral, BestOfN, Importance, TreeSampling, TreeSearch, sample
+from samplers import (
+    SMC,
+    SVDD,
+    Ancestral,
+    Beam,
+    BestOfN,
+    Importance,
+    TreeSampling,
+    TreeSearch,
+    ZeroOrder,
+    sample,
+)
 from samplers.core import Rollouts
 from steering import from_pipeline, zoo
 from steering.core import Model, Proposal, images_in_unit_range
@@ -32,6 +43,9 @@ QUIET = {"progress": False}
         BestOfN(50),
         Importance(50),
         SMC(40),
+        SVDD(proposals=4),
+        Beam(),
+        ZeroOrder(),
         TreeSampling(),
         TreeSearch(value="clean"),
     ],

@@ -11,12 +11,15 @@ import torch
 
 from samplers import (
     SMC,
+    SVDD,
+    Beam,
     BestOfN,
     CorruptRecordError,
     Importance,
     TreeSampling,
     TreeSearch,
     Widening,
+    ZeroOrder,
     load,
     sample,
 )
@@ -115,6 +118,10 @@ TREE = {"branch": (0, 4, 7), "parallel": 4}
     [
         BestOfN(),
         Importance(),
+        SVDD(proposals=4),
+        SVDD(proposals=3, levels=(3, 6), selection="argmax"),
+        Beam(4, 3),
+        ZeroOrder(),
         TreeSampling(**TREE, widening=Widening(1.0, 0.5)),
         TreeSearch(**TREE),
         TreeSearch(**TREE, value="clean"),
@@ -153,6 +160,8 @@ def test_a_run_continued_is_the_run_with_both_budgets():
         sampler = chance.choice(
             [
                 BestOfN(), BestOfN(of=3), Importance(),
+                SVDD(proposals=2), SVDD(proposals=2, levels=(3, 7), selection="argmax"),
+                Beam(), Beam(2, 3), ZeroOrder(neighbours=3, pivots=2),
                 TreeSampling(branch="even", widening=wide, parallel=parallel),
                 TreeSampling(law="published", parallel=parallel),
                 TreeSampling(pilot=4, parallel=parallel),
