@@ -191,17 +191,18 @@ def test_a_run_continued_is_the_run_with_both_budgets():
         assert grown.nfe == whole.nfe
 
 
-def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
+@pytest.mark.parametrize("sampler", [Importance(), SVDD(proposals=4), Beam(4, 4), ZeroOrder()])
+def test_an_interrupted_run_goes_on_in_its_folder(tmp_path, sampler):
     """Stopped after any number of walks, the resumed run equals the uninterrupted one."""
     settings = {"nfe": 3000, "lam": 1.0, "seed": 1, "draws": 30, "progress": False}
-    whole = sample(brownian(), first, Importance(), **settings)
+    whole = sample(brownian(), first, sampler, **settings)
 
     for walks in (0, 17, 130):
         folder = tmp_path / str(walks)
-        stopped = sample(brownian(), _stops_after(walks), Importance(), record=folder, **settings)
+        stopped = sample(brownian(), _stops_after(walks), sampler, record=folder, **settings)
         assert stopped.status == "interrupted"
         model = brownian()
-        resumed = sample(model, first, Importance(), record=folder, **settings)
+        resumed = sample(model, first, sampler, record=folder, **settings)
         assert resumed.status == "done"
         assert torch.equal(resumed.rewards, whole.rewards)
         assert torch.equal(resumed.weights, whole.weights)
