@@ -30,8 +30,9 @@ class Beam:
         beams: B; None is one search with all that the budget affords. Of a given number as many
             searches are made as the budget affords, independent of each other.
         proposals: M.
-        levels: step indices in 1..T-1 to choose at; None is a fifth, two, three and four fifths of
-            the way (as far as noise is drawn between and after them).
+        levels: step indices in 1..T-1 to choose at; None is every one after which noise is drawn.
+            Fewer take fewer reward calls for the same network rows, and find less where guesses
+            are good.
 
     Raises:
         ValueError: a bad argument; from `init`, before the first network row, for a budget below
@@ -55,8 +56,7 @@ class Beam:
         check_levels(self.levels)
 
     def init(self, plan: Plan) -> Families:
-        fifths = (plan.steps * fifth // 5 for fifth in range(1, 5))
-        levels = usable_levels(plan, self.levels, fifths, "Beam", apart=True)
+        levels = usable_levels(plan, self.levels, range(plan.steps), "Beam", apart=True)
         if self.beams is None and plan.budget.nfe is None and plan.budget.reward_calls is None:
             raise ValueError(
                 "Beam: beams=None takes its number from the budget: give beams, nfe or "

@@ -64,7 +64,7 @@ def test_one_beam_is_greedy_svdd():
 
 @pytest.mark.parametrize("reuses", [True, False])
 def test_the_budget_holds_and_none_is_left_unscored(reuses):
-    each = STEPS if reuses else STEPS + 4
+    each = STEPS if reuses else STEPS + 5
     for nfe in (100, 234):
         for sampler in (Beam(), Beam(2, 3)):
             engine, draws, _ = run(sampler, nfe=nfe, conditions=2, reuses=reuses)
@@ -124,7 +124,7 @@ def test_a_failed_proposal_is_never_kept():
 
 def test_what_cannot_be_is_refused():
     plan = make_plan(steps=STEPS, nfe=100)
-    assert Beam(2).init(plan).stops == [1, 2, 3, 4, STEPS]
+    assert Beam(2).init(plan).stops == [1, 2, 3, 4, 5, STEPS]
     with pytest.raises(ValueError, match="affords no search of 9 beams and 4 proposals"):
         Beam(9).init(plan)
     with pytest.raises(ValueError, match="affords no beam of 40 proposals"):

@@ -68,7 +68,7 @@ def test_conditions_of_different_cost_have_their_own_numbers():
 
 
 def test_every_round_turns_the_best_noise_so_far():
-    engine, draws, _ = run(ZeroOrder(41, neighbours=4, angle=0.3, pivots=1))
+    engine, draws, _ = run(ZeroOrder(41, neighbours=2, angle=0.7, pivots=1))
     ids, src, stop, key = (engine.column(name) for name in ("id", "src", "stop", "key"))
     angle = engine.column("angle")
     reward = dict(zip(ids.tolist(), engine.rewards, strict=True))
@@ -76,15 +76,15 @@ def test_every_round_turns_the_best_noise_so_far():
     by_key = {k: i for i, k in zip(ids[stop > 0].tolist(), key[stop > 0].tolist(), strict=True)}
     walks = ids[stop == STEPS].tolist()
     best, noise, moved = walks[0], PRIOR, 0
-    for group in torch.tensor(walks[1:]).view(-1, 4).tolist():
+    for group in torch.tensor(walks[1:]).view(-1, 2).tolist():
         (here,) = {began[i] for i in group}
         moved += here != noise
         noise = here
         # the noise walked from was planted under the key of the best walk of all before
         assert by_key[int(key[ids == here])] == best
         best = max([best, *group], key=reward.__getitem__)
-    assert moved > 3
-    assert (angle[src != PRIOR] == 0.3).all()
+    assert 3 < moved < 15  # of 20 rounds some bring nothing better
+    assert (angle[src != PRIOR] == 0.7).all()
     assert angle[src == PRIOR].isnan().all()
     assert len(key[stop == STEPS].unique()) == 41  # the noise of no two walks is the same
     assert reward[int(draws.id[0])] == max(reward[i] for i in walks)
