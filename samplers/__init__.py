@@ -2,6 +2,7 @@
 
 from samplers.advise import Advice, advise
 from samplers.ancestral import Ancestral
+from samplers.beam import Beam
 from samplers.best_of_n import BestOfN
 from samplers.core import Budget, Draws, Plan, Purse, Rollouts, Sampler, Walked
 from samplers.importance import Importance
@@ -9,15 +10,19 @@ from samplers.journal import CorruptRecordError
 from samplers.result import Result
 from samplers.run import load, sample
 from samplers.smc import SMC
+from samplers.svdd import SVDD
 from samplers.sweep import Sweep
 from samplers.tree_sampling import TreeSampling
 from samplers.tree_search import TreeSearch
+from samplers.zero_order import ZeroOrder
 from search.widen import Widening
 
 __all__ = [
     "SMC",
+    "SVDD",
     "Advice",
     "Ancestral",
+    "Beam",
     "BestOfN",
     "Budget",
     "CorruptRecordError",
@@ -33,6 +38,7 @@ __all__ = [
     "TreeSearch",
     "Walked",
     "Widening",
+    "ZeroOrder",
     "advise",
     "load",
     "sample",

@@ -32,7 +32,7 @@ class Rollouts:
     key: Tensor  # [N] noise key: a walk's noise at step i is child_key(key, i)
     row: Tensor  # [N] which condition
     score: Tensor  # [N] bool; with start = stop it scores a kept state
-    angle: Tensor | None = None  # [N] float64 rad; a src at step 0 is turned: cos·x + sin·z(key)
+    angle: Tensor | None = None  # [N] rad; a src at step 0 is turned: cos·x + sin·prior(key)
     drop: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [K] handles
     # that will never be used again
 
@@ -116,6 +116,7 @@ class Plan:
     seed: int
     budget: Budget
     reuses: bool = True  # is a look's row the first row of any walk from there? (not when guided)
+    turns: bool = True  # are prior draws Gaussian, so that a turned one is another?
 
     @property
     def steps(self) -> int:

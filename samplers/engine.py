@@ -27,7 +27,7 @@ from samplers.network import Network
 from samplers.scoring import OnError, Scorer, Scores
 from samplers.store import Store
 from steering.core import Guidance, Model
-from steering.noise import child_key, normal
+from steering.noise import child_key
 
 _JOURNAL_SECONDS = 2.0  # answers are made durable at least this often
 _IN_FLIGHT = 4096  # walks that may have been under way when a record ended
@@ -88,7 +88,9 @@ class Engine:
             factor = self.guidance.rows(torch.arange(self.model.process.steps)).cpu()
             cost = torch.where(self._stochastic, cost * factor, cost)
         reuses = self.guidance is None
-        return Plan(cost, self.network.rows, self._stochastic, lam, seed, budget, reuses)
+        key = torch.zeros(1, dtype=torch.int64, device=self.model.device)
+        turns = self.model.process.prior(key).is_floating_point()  # tokens are not
+        return Plan(cost, self.network.rows, self._stochastic, lam, seed, budget, reuses, turns)
 
     def run(
         self,
@@ -277,7 +279,7 @@ class Engine:
         x = self._sources(requests, key)
         for k in [k for k, r in enumerate(requests) if not math.isnan(r.angle)]:
             turn = requests[k].angle
-            x[k] = math.cos(turn) * x[k] + math.sin(turn) * normal(key[k : k + 1], x.shape[1:])[0]
+            x[k] = math.cos(turn) * x[k] + math.sin(turn) * self.model.process.prior(key[[k]])[0]
         self._first_step_from_cache(requests, x, key)
         planted, landed, walking = [], [], []
         for k, r in enumerate(requests):

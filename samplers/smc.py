@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from samplers.core import PRIOR, Draws, Plan, Rollouts, Walked
+from samplers.levels import check_levels, usable_levels
 from samplers.populations import Population, Populations, part
 from samplers.walks import UNLIMITED, affordable, check_count
 from search.resample import SCHEMES, ess, logsumexp_by
@@ -76,13 +77,13 @@ class SMC:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown: give one of {', '.join(known)}."
                 )
-        if not isinstance(self.levels, (tuple, list, type(None))):
-            raise ValueError(f"levels={self.levels!r}: give a tuple of step indices, or None.")
+        check_levels(self.levels)
         if type(self.ess) not in (int, float) or not 0 <= self.ess <= 1:
             raise ValueError(f"ess={self.ess!r} is no share of the particles: give 0 to 1.")
 
     def init(self, plan: Plan) -> Populations:
-        levels = self._levels(plan)
+        fifths = (plan.steps * fifth // 5 for fifth in range(1, 5))
+        levels = usable_levels(plan, self.levels, fifths, "SMC")
         rows = plan.cost.sum(1)  # [R] network rows of one particle
         if not plan.reuses:
             rows = rows + plan.look[:, levels].sum(1)
@@ -99,33 +100,6 @@ class SMC:
         if plan.budget.seconds is None:
             limit = limit.where(limit < UNLIMITED, 1)
         return Populations(plan, k, [*levels, plan.steps], limit, POTENTIALS[self.potential][0])
-
-    def _levels(self, plan: Plan) -> list[int]:
-        """Levels, ascending; each has a step that draws noise after it."""
-        steps = plan.steps
-        noisy = plan.stochastic.flip(0).cumsum(0).flip(0) > 0  # [T] is there noise from i on?
-        if self.levels is None:
-            fifths = {steps * fifth // 5 for fifth in range(1, 5)} - {0}
-            levels = sorted(i for i in fifths if noisy[i])
-            if not levels:
-                raise ValueError(
-                    f"SMC finds no level to resample at among {steps} steps: copies need noise "
-                    "after them to part. Use a stochastic process (eta > 0), or Importance."
-                )
-            return levels
-        levels = sorted(set(self.levels))
-        if not levels or len(levels) < len(self.levels) or set(levels) - set(range(1, steps)):
-            raise ValueError(
-                f"levels={self.levels!r} of {steps} steps: give distinct step indices from 1 to "
-                f"{steps - 1}."
-            )
-        for level in levels:
-            if not noisy[level]:
-                raise ValueError(
-                    f"levels: no step from {level} to {steps} draws noise, so copies made there "
-                    "would stay equal. Leave the level out, or use a stochastic process (eta > 0)."
-                )
-        return levels
 
     def ask(self, state: Populations, room: int) -> Rollouts:
         """Populations on their way come first, so that few are in memory at a time."""

@@ -6,6 +6,7 @@ of the final state. Answers may be cut and shuffled, and the rules of the contra
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -116,6 +117,7 @@ class FakeEngine:
         prior = (self.sd[0] * normal(asked.key, ()).double()).tolist()
         columns = (asked.src, asked.start, asked.stop, asked.row, asked.score)
         src, start_, stop_, row_, score = (column.tolist() for column in columns)
+        turned = [math.nan] * n if asked.angle is None else asked.angle.tolist()
         for n, id in enumerate(asked.id.tolist()):
             assert id not in self.state, f"handle {id} was used twice"
             start, stop, row = start_[n], stop_[n], row_[n]
@@ -126,6 +128,9 @@ class FakeEngine:
             else:
                 at, x = self.state[src[n]]
                 assert at == start, "a walk starts where its source was kept"
+                if turned[n] == turned[n]:  # not nan
+                    assert start == 0, "only noise is turned"
+                    x = math.cos(turned[n]) * x + math.sin(turned[n]) * prior[n]
             x += moved[n][stop] - moved[n][start]
             cost = self.cost[row][stop] - self.cost[row][start]
             if src[n] in self.looked and self.plan.reuses and stop > start:
@@ -144,3 +149,21 @@ class FakeEngine:
         for handle in asked.drop.tolist():
             self.state.pop(handle, None)
         return answers
+
+
+class Recorder(FakeEngine):
+    """Remembers every walk it was asked for, and what each was scored."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.asked: list[Rollouts] = []
+        self.rewards: list[float] = []
+
+    def walk(self, asked):
+        answers = super().walk(asked)
+        self.asked.append(asked)
+        self.rewards += [reward for _, reward, *_ in answers]
+        return answers
+
+    def column(self, name: str) -> Tensor:
+        return torch.cat([getattr(asked, name) for asked in self.asked])

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from samplers import SMC, BestOfN, Importance, TreeSampling, TreeSearch, cli, load
+from samplers import (
+    SMC,
+    SVDD,
+    Beam,
+    BestOfN,
+    Importance,
+    TreeSampling,
+    TreeSearch,
+    ZeroOrder,
+    cli,
+    load,
+)
 from samplers.cli.words import parse_reward, parse_sampler, sampler_words
 from search.widen import Widening
 from steering import from_pipeline, zoo
@@ -120,6 +131,24 @@ def test_samplers_are_read_from_words():
     assert parse_sampler(words) == TreeSampling(
         law="published", branch=(1, 5), parallel=8, widening=Widening(2, 0.8)
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "ranked"),
+    [
+        (["svdd", "proposals=2", "levels=(1,2)"], False),
+        (["beam", "proposals=2"], True),
+        (["zero-order", "neighbours=2", "pivots=1"], True),
+    ],
+)
+def test_searches_run_from_the_command(own, words, ranked):
+    asked = [*SMALL, "--reward", "jpeg", "--sampler", *words, "--out", "out"]
+    assert cli.main(asked) == 0
+    account = json.loads(Path("out/result.json").read_text())
+    rewards = account["draws"]["rewards"]
+    assert account["spent"]["rows"][0] == 64
+    assert len(rewards) == account["distinct"] > 4
+    assert (rewards == sorted(rewards, reverse=True)) or not ranked
 
 
 def test_rewards_are_read_from_words(own):
@@ -373,5 +402,6 @@ def test_the_words_of_a_sampler_make_it_again():
     for sampler in (
         TreeSampling(branch=(1, 5), widening=Widening(2, 0.8), law="published"),
         TreeSearch(value="clean"), SMC(16, levels=(2, 3)), BestOfN(), Importance(7),
+        SVDD(5, 3, levels=(2,), selection="argmax"), Beam(3), ZeroOrder(angle=0.25, pivots=2),
     ):  # fmt: skip
         assert parse_sampler(sampler_words(sampler)) == sampler

@@ -14,7 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from samplers import SMC, Ancestral, BestOfN, Importance, TreeSampling, TreeSearch, sample
+from samplers import (
+    SMC,
+    SVDD,
+    Ancestral,
+    Beam,
+    BestOfN,
+    Importance,
+    TreeSampling,
+    TreeSearch,
+    ZeroOrder,
+    sample,
+)
 from samplers.core import Rollouts
 from steering import from_pipeline, zoo
 from steering.core import Model, Proposal, images_in_unit_range
@@ -32,6 +43,9 @@ QUIET = {"progress": False}
         BestOfN(50),
         Importance(50),
         SMC(40),
+        SVDD(proposals=4),
+        Beam(),
+        ZeroOrder(),
         TreeSampling(),
         TreeSearch(value="clean"),
     ],
@@ -470,10 +484,10 @@ def _plan():
     return Plan(one, one, torch.ones(10, dtype=torch.bool), 1.0, 0, Budget())
 
 
-def run_script(*requests):
+def run_script(*requests, model=None):
     from samplers.engine import Engine
 
-    script, model = Script(list(requests)), brownian()
+    script, model = Script(list(requests)), model or brownian()
     engine = Engine(model, first)
     plan = _plan()
     engine.run(script, script.init(plan), plan)
@@ -514,15 +528,20 @@ def test_planting_costs_nothing_and_a_kept_state_can_be_scored():
     assert 1 not in engine.entry
 
 
-def test_a_source_is_turned_towards_fresh_noise():
+def test_a_source_is_turned_towards_a_fresh_draw_of_the_prior():
+    """Whatever the prior's spread: variance-exploding grids do not begin at 1."""
+    from steering.gaussian import vp
     from steering.noise import normal
 
+    process = replace(vp((2,), torch.linspace(0.01, 1, 11)), prior_std=3.0)
     _, engine = run_script(
-        Rollouts.of([1], -1, 0, 3, [5], 0, False),
-        Rollouts.of([2], 1, 0, 0, [6], 0, False, angle=[0.3]),
+        Rollouts.of([3], -1, 0, 0, [5], 0, False),
+        Rollouts.of([2], 3, 0, 0, [6], 0, False, angle=[0.3]),
+        model=Model(Walk(), process),
     )
-    x, z = engine.states([1]), normal(torch.tensor([6]), (2,))
-    assert torch.allclose(engine.states([2]), math.cos(0.3) * x + math.sin(0.3) * z)
+    x, z = engine.states([3]), normal(torch.tensor([6]), (2,))
+    assert torch.allclose(x, 3 * normal(torch.tensor([5]), (2,)))
+    assert torch.allclose(engine.states([2]), math.cos(0.3) * x + math.sin(0.3) * 3 * z)
 
 
 def test_a_sampler_that_breaks_its_contract_is_told():

@@ -6,7 +6,18 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from samplers import SMC, Ancestral, BestOfN, TreeSampling, TreeSearch, load, sample
+from samplers import (
+    SMC,
+    SVDD,
+    Ancestral,
+    Beam,
+    BestOfN,
+    TreeSampling,
+    TreeSearch,
+    ZeroOrder,
+    load,
+    sample,
+)
 from search.widen import Widening
 from steering import Model, from_pipeline, zoo
 from steering.rewards import (
@@ -34,8 +45,8 @@ def run(model, **changed):
     return sample(**{"model": model, **good, **changed})
 
 
-def ode_tree(model):
-    return run(Model(model.denoiser, brownian(ode=True).process), sampler=TreeSampling(branch=(5,)))
+def on_an_ode(model, sampler):
+    return run(Model(model.denoiser, brownian(ode=True).process), sampler=sampler)
 
 
 class NoDensity:
@@ -93,10 +104,20 @@ RUNS = {
     "on-error": (lambda m: run(m, on_error="ignore"), "on_error"),
     "also": (lambda m: run(m, also=[3]), "also"),
     "also-not-a-list": (lambda m: run(m, also=Jpeg()), "also"),
-    "branch-on-an-ode": (ode_tree, "branch"),
+    "branch-on-an-ode": (lambda m: on_an_ode(m, TreeSampling(branch=(5,))), "branch"),
     "branch-beyond": (lambda m: run(m, sampler=TreeSampling(branch=(99,))), "branch"),
     "branch-falling": (lambda m: run(m, sampler=TreeSearch(branch=(5, 3))), "branch"),
     "levels-beyond": (lambda m: run(m, sampler=SMC(levels=(99,))), "levels"),
+    "svdd-levels-beyond": (lambda m: run(m, sampler=SVDD(levels=(10,))), "levels"),
+    "svdd-on-an-ode": (lambda m: on_an_ode(m, SVDD()), "SVDD finds no level"),
+    "beam-on-an-ode": (lambda m: on_an_ode(m, Beam()), "Beam finds no level"),
+    "smc-on-an-ode": (lambda m: on_an_ode(m, SMC()), "SMC finds no level"),
+    "nfe-below-a-particle": (lambda m: run(m, nfe=79, sampler=SVDD()), "particle of 8 proposals"),
+    "nfe-below-a-beam": (lambda m: run(m, nfe=39, sampler=Beam()), "beam of 4 proposals"),
+    "nfe-below-a-search": (lambda m: run(m, nfe=79, sampler=Beam(2)), "search of 2 beams"),
+    "no-budget-svdd": (lambda m: run(m, nfe=None, sampler=SVDD()), "particles"),
+    "no-budget-beam": (lambda m: run(m, nfe=None, sampler=Beam()), "beams"),
+    "no-budget-zero-order": (lambda m: run(m, nfe=None, sampler=ZeroOrder()), "nfe"),
     "load": (lambda m: load("no/such/folder", m, first), "no/such/folder"),
     "unknown": (lambda m: run(m, budget=100), "budget"),
 }
@@ -126,6 +147,20 @@ PARTS = {
     "scheme": (lambda: SMC(scheme="residual"), "scheme"),
     "smc-ess": (lambda: SMC(ess=2.0), "ess"),
     "option": (lambda: TreeSampling(depth=3), "depth"),
+    "svdd-particles": (lambda: SVDD(0), "particles"),
+    "svdd-proposals": (lambda: SVDD(proposals=1), "proposals"),
+    "svdd-proposals-none": (lambda: SVDD(proposals=None), "proposals"),
+    "svdd-levels": (lambda: SVDD(levels=3), "levels"),
+    "svdd-selection": (lambda: SVDD(selection="best"), "selection"),
+    "beams": (lambda: Beam(2.5), "beams"),
+    "beam-proposals": (lambda: Beam(proposals=True), "proposals"),
+    "beam-levels": (lambda: Beam(levels="all"), "levels"),
+    "neighbours": (lambda: ZeroOrder(neighbours=0), "neighbours"),
+    "pivots": (lambda: ZeroOrder(pivots=None), "pivots"),
+    "angle-zero": (lambda: ZeroOrder(angle=0.0), "angle"),
+    "angle-degrees": (lambda: ZeroOrder(angle=30), "angle"),
+    "angle-nan": (lambda: ZeroOrder(angle=math.nan), "angle"),
+    "zero-order-n": (lambda: ZeroOrder(n=0), "n="),
     "classes": (lambda: Classifier(torch.nn.Identity(), []), "classes"),
     "net": (lambda: Classifier("resnet", [1]), "net"),
     "quality": (lambda: Jpeg(quality=0), "quality"),

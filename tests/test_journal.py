@@ -11,12 +11,15 @@ import torch
 
 from samplers import (
     SMC,
+    SVDD,
+    Beam,
     BestOfN,
     CorruptRecordError,
     Importance,
     TreeSampling,
     TreeSearch,
     Widening,
+    ZeroOrder,
     load,
     sample,
 )
@@ -115,6 +118,10 @@ TREE = {"branch": (0, 4, 7), "parallel": 4}
     [
         BestOfN(),
         Importance(),
+        SVDD(proposals=4),
+        SVDD(proposals=3, levels=(3, 6), selection="argmax"),
+        Beam(4, 3),
+        ZeroOrder(),
         TreeSampling(**TREE, widening=Widening(1.0, 0.5)),
         TreeSearch(**TREE),
         TreeSearch(**TREE, value="clean"),
@@ -153,6 +160,8 @@ def test_a_run_continued_is_the_run_with_both_budgets():
         sampler = chance.choice(
             [
                 BestOfN(), BestOfN(of=3), Importance(),
+                SVDD(proposals=2), SVDD(proposals=2, levels=(3, 7), selection="argmax"),
+                Beam(), Beam(2, 3), ZeroOrder(neighbours=3, pivots=2),
                 TreeSampling(branch="even", widening=wide, parallel=parallel),
                 TreeSampling(law="published", parallel=parallel),
                 TreeSampling(pilot=4, parallel=parallel),
@@ -182,17 +191,18 @@ def test_a_run_continued_is_the_run_with_both_budgets():
         assert grown.nfe == whole.nfe
 
 
-def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
+@pytest.mark.parametrize("sampler", [Importance(), SVDD(proposals=4), Beam(4, 4), ZeroOrder()])
+def test_an_interrupted_run_goes_on_in_its_folder(tmp_path, sampler):
     """Stopped after any number of walks, the resumed run equals the uninterrupted one."""
     settings = {"nfe": 3000, "lam": 1.0, "seed": 1, "draws": 30, "progress": False}
-    whole = sample(brownian(), first, Importance(), **settings)
+    whole = sample(brownian(), first, sampler, **settings)
 
     for walks in (0, 17, 130):
         folder = tmp_path / str(walks)
-        stopped = sample(brownian(), _stops_after(walks), Importance(), record=folder, **settings)
+        stopped = sample(brownian(), _stops_after(walks), sampler, record=folder, **settings)
         assert stopped.status == "interrupted"
         model = brownian()
-        resumed = sample(model, first, Importance(), record=folder, **settings)
+        resumed = sample(model, first, sampler, record=folder, **settings)
         assert resumed.status == "done"
         assert torch.equal(resumed.rewards, whole.rewards)
         assert torch.equal(resumed.weights, whole.weights)

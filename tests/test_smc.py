@@ -3,28 +3,13 @@
 import pytest
 import torch
 
-from samplers import SMC, Rollouts, Walked
+from samplers import SMC, Walked
 from samplers.core import PRIOR
-from tests.fake_engine import FakeEngine, make_plan
+from tests.fake_engine import FakeEngine, Recorder, make_plan
 
 STEPS = 10
 SD = torch.ones(STEPS + 1, dtype=torch.float64)
 LEVELS = (2, 4, 6, 8)
-
-
-class Recorder(FakeEngine):
-    """Remembers every walk it was asked for."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.asked: list[Rollouts] = []
-
-    def walk(self, asked):
-        self.asked.append(asked)
-        return super().walk(asked)
-
-    def column(self, name: str) -> torch.Tensor:
-        return torch.cat([getattr(asked, name) for asked in self.asked])
 
 
 def run(sampler, reward=lambda x: x, stop_after=None, room=64, shuffle=None, fails=None, **plan):

@@ -20,6 +20,9 @@ _SAMPLERS = {
     "smc": samplers.SMC,
     "dts": samplers.TreeSampling,
     "dts-star": samplers.TreeSearch,
+    "svdd": samplers.SVDD,
+    "beam": samplers.Beam,
+    "zero-order": samplers.ZeroOrder,
 }
 _LEARNED: dict[str, Any] = {  # each may be followed by :MODEL, a hub id or folder
     "clip": rewards.ClipScore,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from steering.core import Model
-from steering.gaussian import GaussianProcess, flow, vp
+from steering.gaussian import GaussianProcess, consistency_kernel, flow, vp
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,18 @@ def gaussian_chain(
         mean, var: of the data, a number or one per coordinate.
         steps: T.
         dim: coordinates.
-        kind: "vp" (DDPM's linear betas, spread over T steps) or "flow" (evenly spaced sigmas).
+        kind: "vp" (DDPM's linear betas, spread over T steps), "flow" (evenly spaced sigmas), or
+            "student" (the levels of "vp", with the clean guess re-noised at every step).
         eta: share of new noise.
         conditions: equal conditions, for independent repetitions in one run.
     """
     if kind == "vp":
         process = vp((dim,), diffusion_levels(steps), eta=eta)
+    elif kind == "student":
+        alpha_bar = diffusion_levels(steps)
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        kernel = consistency_kernel(alpha[1:], sigma[1:])
+        process = GaussianProcess((dim,), torch.arange(steps).float(), alpha, sigma, kernel)
     else:
         process = flow((dim,), torch.linspace(1, 0, steps + 1, dtype=torch.float64), eta=eta)
     mean_ = torch.as_tensor(mean, dtype=torch.float64).expand(dim)

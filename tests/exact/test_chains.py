@@ -9,8 +9,10 @@ from samplers import Ancestral, sample
 from tests.exact import Checkerboard, Modes, finite_chain, gaussian_chain, mmd, tilted
 
 
-@pytest.mark.parametrize("kind", ["vp", "flow"])
-@pytest.mark.parametrize("eta", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize(
+    ("kind", "eta"),
+    [(kind, eta) for kind in ("vp", "flow") for eta in (1.0, 0.5, 0.0)] + [("student", 1.0)],
+)
 def test_the_gaussian_chain_ends_in_the_law_pushed_forward(kind, eta):
     model = gaussian_chain([1.0, -2.0], [0.5, 2.0], steps=8, dim=2, kind=kind, eta=eta)
     x = sample(model, lambda x, _: x[:, 0], Ancestral(4000), batch=1024, progress=False).items
