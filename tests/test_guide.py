@@ -84,11 +84,18 @@ def test_every_pipeline_of_the_recipes_has_one():
     assert {shlex.split(c.replace("\\\n", " "))[3] for c in COMMANDS} == set(STANDS_FOR)
 
 
-@pytest.mark.parametrize("text", COMMANDS, ids=[c.split()[3] for c in COMMANDS])
-def test_a_recipe_runs(text, tmp_path, monkeypatch):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a reward module in it, as a user would have."""
     (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("my_rewards", None)
+
+
+@pytest.mark.parametrize("text", COMMANDS, ids=[c.split()[3] for c in COMMANDS])
+def test_a_recipe_runs(text, folder, monkeypatch):
     words = shlex.split(text.replace("\\\n", " "))[1:]
     tiny = TINY[STANDS_FOR[words[words.index("--model") + 1]]]
     replaced = {"--nfe": "60", "--dtype": "float32", "--steps": "3"}
@@ -131,5 +138,5 @@ def test_a_recipe_runs(text, tmp_path, monkeypatch):
     assert cli.main([*words, "--device", "cpu", "--quiet"]) == 0
     assert len(loaded) == 1
     assert len(offloaded) == ("--offload" in words)
-    written = list(Path("runs").glob("*/images/0000.*"))
+    written = list((folder / "runs").glob("*/images/0000.*"))
     assert [path.suffix for path in written] == [".webp" if tiny.kind == "clip" else ".png"]
