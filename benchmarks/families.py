@@ -4,10 +4,12 @@
 
 For each pipeline, with random weights: it runs by itself from noise to image while its scheduler's
 `step` is listened to; then the driven model is asked for the same states, at every step, and must
-say the same, bit for bit, and decode the last state to the same image. Then what it found out at
-opening (may steps and conditions share a call?), a gradient to the state, and a DTS* search of 200
-network rows (or 5 leaves, where those are more), whose best must beat its first sample (once more,
-with another seed, where the first happened to be the best).
+say the same, bit for bit, and decode the last state to the same image. Our chain with eta = 0,
+from the same start, must end in the image of its own run, too (with the first-order scheduler of
+its kind in place of one that draws noise or remembers), to 1e-4. Then what it found out at opening
+(may steps and conditions share a call?), a gradient to the state, and a DTS* search of 200 network
+rows (or 5 leaves, where those are more), whose best must beat its first sample (once more, with
+another seed, where the first happened to be the best).
 
 `steered` counts pipelines for which all of that holds; `refused` those that are refused by name;
 `wrong` those that are accepted and differ.
@@ -19,6 +21,7 @@ import argparse
 import inspect
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,16 @@ from tests.tiny import Tiny, families
 
 PROMPTS = {"text": ["a red fox", "two blue jays"], "class": [1, 2], None: None}
 STEPS = 4
+TOLERANCE = 1e-4  # of images in 0..1: that of the native adapters, float32 over whole chains
+# schedulers of first order without noise, on the same grid, for those that are not
+FIRST_ORDER: dict[str, tuple[str, dict[str, Any]]] = {
+    "PNDMScheduler": ("DDIMScheduler", {}),
+    "DDPMScheduler": ("DDIMScheduler", {}),
+    "CogVideoXDPMScheduler": ("CogVideoXDDIMScheduler", {}),
+    "EulerAncestralDiscreteScheduler": ("EulerDiscreteScheduler", {}),
+    "DPMSolverMultistepScheduler": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+    "UniPCMultistepScheduler": ("FlowMatchEulerDiscreteScheduler", {}),
+}
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 
 
@@ -47,6 +60,7 @@ class Found:
     name: str
     refused: str = ""  # the reason
     differ: tuple[str, ...] = ()  # what is not as in the pipeline's own run
+    chain: float | None = None  # our chain's image less its own, at most
     route: str = ""  # the routes there are
     injected: bool = False
     batches: bool = False
@@ -61,7 +75,17 @@ class Found:
     @property
     def steered(self) -> bool:
         """Does all that is asked for hold?"""
-        return not self.refused and not self.differ and self.best > self.first
+        return not self.refused and not self.wrong and self.best > self.first
+
+    @property
+    def wrong(self) -> bool:
+        """Is it accepted, and not what it is by itself?"""
+        return bool(self.differ) or not (self.chain is None or self.chain <= TOLERANCE)
+
+    @property
+    def chain_error(self) -> str:
+        """`chain` in a table."""
+        return "-" if self.chain is None else f"{self.chain:.0e}"
 
 
 def redness(items: Tensor, prompts: Any) -> Tensor:
@@ -130,6 +154,40 @@ def against_itself(model: Model, tiny: Tiny, pipe: Any) -> tuple[str, ...]:
     return tuple(differ)
 
 
+@torch.no_grad()
+def own_chain(tiny: Tiny, build: Callable[[Any], Model], pipe: Any) -> float | None:
+    """How far our chain with eta = 0 ends from the pipeline's own image, at most; None where the
+    pipeline takes no scheduler without noise.
+
+    Args:
+        build: a pipeline -> its driven model with eta = 0, of one prompt.
+    """
+    kept, name = pipe.scheduler, type(pipe.scheduler).__name__
+    if name == "LCMScheduler":
+        return None
+    kind, changes = FIRST_ORDER.get(name, (name, {}))
+    # a configuration's list of defaults would undo the change
+    config = {k: v for k, v in pipe.scheduler.config.items() if k != "_use_default_values"}
+    pipe.scheduler = getattr(diffusers, kind).from_config({**config, **changes})
+    try:
+        model = build(pipe)
+        denoiser, process = model.denoiser, model.process
+        assert isinstance(denoiser, DrivenDenoiser)
+        x = None
+        if not denoiser.oracle.injected:
+            shape = process.prior(torch.zeros(1, dtype=torch.int64)).shape[1:]
+            x = noise.normal(noise.root_key(1, torch.arange(1)), shape).to(denoiser.dtype)
+        shown, items = own_run(pipe, tiny, x)
+        state = shown[0][0][:1].float() / denoiser.grid.scale[0]
+        for i in range(process.steps):
+            at = torch.tensor([i])
+            clean = denoiser(state, process.time(at), torch.tensor([0]))
+            state = process.transition(state, at, clean).sample(torch.tensor([0]))
+        return float((model.decode(state) - items).abs().max())
+    finally:
+        pipe.scheduler = kept
+
+
 def try_family(tiny: Tiny, nfe: int) -> Found:
     """Everything about one pipeline."""
     began = time.perf_counter()
@@ -165,6 +223,7 @@ def try_family(tiny: Tiny, nfe: int) -> Found:
         tiny.name,
         "",
         against_itself(both, tiny, pipe),
+        own_chain(tiny, lambda pipe: model(1, route="driven", eta=0.0), pipe),
         "native or driven" if tiny.name.split()[0] in FAMILIES else "driven",
         denoiser.oracle.injected,
         denoiser.batches,
@@ -192,17 +251,18 @@ def as_table(found: list[Found]) -> str:
     """Markdown, a line for each pipeline."""
     mark = {True: "yes", False: "no"}
     lines = [
-        "| pipeline | route | states go in as | bit-equal | conditions share a call | steps do"
-        " | gradient | rows a step |",
-        "|---|---|---|---|---|---|---|---|",
+        "| pipeline | route | states go in as | bit-equal | our chain "
+        "| conditions share a call | steps do | gradient | rows a step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in found:
         if one.refused:
-            lines.append(f"| {one.name} | refused | {one.refused} | | | | | |")
+            lines.append(f"| {one.name} | refused | {one.refused} | | | | | | |")
             continue
         where = "noise" if one.injected else "`latents=`"
         equal = "all steps, decoding" if not one.differ else f"not {', '.join(one.differ)}"
-        cells = [one.name, one.route, where, equal, mark[one.conditions and one.batches],
+        cells = [one.name, one.route, where, equal, one.chain_error,
+                 mark[one.conditions and one.batches],
                  mark[one.steps], mark[one.gradient], str(one.rows)]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -234,10 +294,10 @@ def main() -> None:
         one = try_family(tiny, 60 if args.quick else 200)
         found.append(one)
         verdict = f"refused: {one.refused}" if one.refused else (
-            f"{'steered' if one.steered else 'WRONG' if one.differ else 'not better'}: "
+            f"{'steered' if one.steered else 'WRONG' if one.wrong else 'not better'}: "
             f"{one.route}, injected={one.injected}, batches={one.batches}, "
             f"conditions={one.conditions}, steps={one.steps}, gradient={one.gradient}, "
-            f"rows={one.rows}, first {one.first:.3f} best {one.best:.3f}"
+            f"chain {one.chain_error}, rows={one.rows}, first {one.first:.3f} best {one.best:.3f}"
         )  # fmt: skip
         differ = f", differs in {', '.join(one.differ)}" if one.differ else ""
         print(f"{one.name:<44} {one.seconds:5.1f} s  {verdict}{differ}", flush=True)
@@ -247,8 +307,9 @@ def main() -> None:
         {
             "steered": sum(one.steered for one in found),
             "refused": sum(bool(one.refused) for one in found),
-            "wrong": sum(bool(one.differ) for one in found),
-            "not_better": [o.name for o in found if not (o.refused or o.differ or o.steered)],
+            "wrong": sum(one.wrong for one in found),
+            "not_better": [o.name for o in found if not (o.refused or o.wrong or o.steered)],
+            "largest_chain_error": max(one.chain or 0.0 for one in found),
             "one_call_for_all_steps": sum(one.steps for one in found),
             "with_gradient": sum(one.gradient for one in found),
             "pipelines": len(found),
