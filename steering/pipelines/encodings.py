@@ -38,13 +38,13 @@ class Encodings:
                 self._by_row.setdefault(row, {})[_key(own)] = one
             if len(ones) == 1:
                 return ones[0]
-            texts = {name for name, own in apart[0].items() if own is not given[name]}
-            call = sorted(texts), _key({n: v for n, v in given.items() if n not in texts})
-            if str(call) not in self._layouts:
-                twice = {n: own * 2 if n in texts else own for n, own in apart[0].items()}
+            cut = {name for name, own in apart[0].items() if own is not given[name]}
+            call = tuple(sorted(cut)), _key({n: v for n, v in given.items() if n not in cut})
+            if call not in self._layouts:
+                twice = {n: own * 2 if n in cut else own for n, own in apart[0].items()}
                 with torch.no_grad():
-                    self._layouts[str(call)] = _layout(ones[0], encode(**twice))
-            return _together(ones, self._layouts[str(call)])
+                    self._layouts[call] = _layout(ones[0], encode(**twice))
+            return _together(ones, self._layouts[call])
 
         return remembered
 
@@ -61,11 +61,12 @@ class Encodings:
 
 
 def _of_place(given: dict[str, Any], k: int, count: int) -> dict[str, Any]:
-    """Arguments of one row of a batch: of lists with an entry for every row, its own."""
-    return {
+    """Arguments of one row of a batch: of lists with an entry for every row, its own; one row."""
+    own = {
         name: [value[k]] if isinstance(value, list) and len(value) == count else value
         for name, value in given.items()
     }
+    return own | ({"batch_size": 1} if "batch_size" in own else {})
 
 
 def _layout(one: Any, pair: Any) -> Any:
