@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.families import against_itself, own_chain, own_run
 from samplers import SMC, BestOfN, TreeSearch, sample
 from steering import from_pipeline, noise
 from steering.pipelines.driven import DrivenDenoiser
@@ -60,9 +62,17 @@ def red(items: torch.Tensor, prompts: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_two_steps_and_decoding_are_those_of_the_pipeline_to_the_bit(name):
-    from benchmarks.families import against_itself
+def test_our_chain_without_noise_ends_in_the_pipelines_own_image(name):
+    tiny = BY_NAME[name]
+    build = partial(driven, tiny, prompts=["a red fox"] if tiny.prompt == "text" else [1], eta=0.0)
+    # float32 over a whole chain of random networks, as for native adapters
+    apart = own_chain(tiny, build, tiny.build())
+    assert apart is not None
+    assert apart <= 1e-4
 
+
+@pytest.mark.parametrize("name", SOME)
+def test_all_steps_and_decoding_are_those_of_the_pipeline_to_the_bit(name):
     tiny = BY_NAME[name]
     pipe = tiny.build()
     assert against_itself(driven(tiny, pipe), tiny, pipe) == ()
@@ -198,8 +208,6 @@ def test_a_network_that_takes_other_rows_than_planned_ends_the_run():
 
 def test_a_control_that_ends_half_way_is_right_at_every_step():
     """What holds at some steps only goes by the loop's index: such steps do not share a call."""
-    from benchmarks.families import own_run
-
     tiny = BY_NAME["StableDiffusionControlNetPipeline"]
     gated = Tiny(tiny.name, tiny.make, {**tiny.call, "control_guidance_end": 0.5})
     pipe = gated.build()
