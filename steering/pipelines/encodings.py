@@ -24,10 +24,11 @@ class Encodings:
         self._kept: dict[Any, tuple[Any, Any]] = {}
         self._by_row: dict[int, dict[Any, Any]] = {}
         self._layouts: dict[Any, Any] = {}  # by all arguments but the texts
+        self._signature: inspect.Signature | None = None
 
     def of(self, encode: Callable[..., Any], rows: Sequence[int]) -> Callable[..., Any]:
         """A stand-in for `encode` while a batch of `rows` is run."""
-        signature = inspect.signature(encode)
+        signature = self._signature = self._signature or inspect.signature(encode)
 
         def remembered(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments

@@ -83,6 +83,9 @@ class Oracle:
         vae = pipe.components.get("vae")
         if isinstance(vae, nn.Module) and hasattr(vae, "encode"):
             self._stand_ins["vae"] = remembering(vae)
+        # where it runs is looked for among all of its modules, each time it is asked
+        where = {"_execution_device": pipe._execution_device}
+        self._kinds = type(pipe), type(type(pipe).__name__, (type(pipe),), where)
         owners = [
             c for c in type(pipe).__mro__ if "__call__" in vars(c) or ".pipelines." in c.__module__
         ]
@@ -168,7 +171,7 @@ class Oracle:
             visit.start = shown.reshape(len(x), *(self._natural or x.shape[1:]))
         elif x is not None:
             inputs["latents"] = x
-        call = type(self.pipe).__call__
+        call = self._kinds[0].__call__
         call = getattr(call, "__wrapped__", call)  # diffusers turns gradients off around it
         with torch.set_grad_enabled(x is not None and x.requires_grad), self._held(visit, rows):
             try:
@@ -188,6 +191,7 @@ class Oracle:
             ]
             self.scheduler.visit = visit
             try:
+                self.pipe.__class__ = self._kinds[1]
                 attributes.update(self._stand_ins)
                 attributes["scheduler"] = self.scheduler
                 if visit.vae is not None:
@@ -198,6 +202,7 @@ class Oracle:
                     attributes["encode_prompt"] = self._encodings.of(encode, rows)
                 yield
             finally:
+                self.pipe.__class__ = self._kinds[0]
                 attributes.clear()
                 attributes.update(found)
                 for restore in undo:

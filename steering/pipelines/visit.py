@@ -88,17 +88,21 @@ class Visit:
                 scheduler.sigmas = torch.cat([level, torch.zeros_like(sigmas[:1])])
                 scheduler._step_index = 0
 
-    def step(self, scheduler: Any, base: type, args: tuple, kwargs: dict) -> Any:
-        """The pipeline steps: take what it shows, and end the call when that is enough."""
+    def step(self, given: dict[str, Any], step: Callable[[], Any]) -> Any:
+        """The pipeline steps: take what it shows, and end the call when that is enough.
+
+        Args:
+            given: its arguments by name.
+            step: the scheduler's own.
+        """
         if self.tail is not None:
             return _Stepped(self.tail)
-        given = inspect.signature(base.step).bind(scheduler, *args, **kwargs).arguments
         output, sample = self._own(given["model_output"]), self._own(given["sample"])
         self.seen.append(Step(output, sample, given["timestep"], self.rows))
         self.rows = 0
         if self.at is not None:
             raise Captured
-        stepped = base.step(scheduler, *args, **kwargs)
+        stepped = step()
         made = stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample
         self.made.append(self._own(made))
         if len(self.seen) == self.steps:
@@ -145,6 +149,8 @@ def driven(base: type) -> type:
     Signatures are those of `base`: pipelines look at them.
     """
 
+    signature = inspect.signature(base.step)
+
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         base.set_timesteps(self, *args, **kwargs)
@@ -152,7 +158,8 @@ def driven(base: type) -> type:
 
     @functools.wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.visit.step(self, base, args, kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        return self.visit.step(given, lambda: base.step(self, *args, **kwargs))
 
     members: dict[str, Any] = {"set_timesteps": set_timesteps, "step": step, "visit": None}
     # a start handed over is in the coordinates of `step`
@@ -237,10 +244,10 @@ def counted(net: nn.Module, count: bool, current: Callable[[], Visit]) -> nn.Mod
         args = tuple(_fitted(a, rows) for a in args)
         return net(*args, **{name: _fitted(a, rows) for name, a in kwargs.items()})
 
-    kind = type(type(net).__name__, (type(net),), {"__call__": call})
-    stand_in = object.__new__(kind)
-    object.__setattr__(stand_in, "__dict__", vars(net))
-    return stand_in
+    members: dict[str, Any] = {"__call__": call}
+    if hasattr(net, "dtype"):  # which is looked for among all weights, each time it is asked
+        members["dtype"] = net.dtype
+    return _in_the_place_of(net, members)
 
 
 def remembering(vae: nn.Module) -> nn.Module:
@@ -261,9 +268,13 @@ def remembering(vae: nn.Module) -> nn.Module:
         del seen[:-_IMAGES]
         return code
 
-    kind = type(type(vae).__name__, (type(vae),), {"encode": encode})
-    stand_in = object.__new__(kind)
-    object.__setattr__(stand_in, "__dict__", vars(vae))
+    return _in_the_place_of(vae, {"encode": encode})
+
+
+def _in_the_place_of(module: nn.Module, members: dict[str, Any]) -> nn.Module:
+    """An object with the attributes and the class of a module, but for some members."""
+    stand_in: Any = object.__new__(type(type(module).__name__, (type(module),), members))
+    object.__setattr__(stand_in, "__dict__", vars(module))
     return stand_in
 
 
