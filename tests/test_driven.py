@@ -129,6 +129,8 @@ def test_both_routes_give_the_same_numbers(pipe, prompts, options):
 
 def same(pipe: Any, before: dict[str, Any]) -> bool:
     now = vars(pipe)
+    assert type(pipe).__module__.startswith("diffusers.")
+    assert "_execution_device" not in vars(type(pipe))
     return now.keys() == before.keys() and all(now[k] is before[k] for k in now)
 
 

@@ -24,17 +24,10 @@ from torch import Tensor, nn
 
 from steering.pipelines.conditional import evaluating
 from steering.pipelines.encodings import Encodings
+from steering.pipelines.grids import enumerate_grid
 from steering.pipelines.request import networks
-from steering.pipelines.visit import (
-    At,
-    Captured,
-    Step,
-    Visit,
-    counted,
-    driven,
-    enumerate_grid,
-    remembering,
-)
+from steering.pipelines.stand_ins import counted, remembering
+from steering.pipelines.visit import At, Captured, Step, Visit, driven
 
 # loops look `enumerate` and `randn_tensor` up in their module, which all pipelines of it share
 _ALONE = threading.RLock()
@@ -77,7 +70,7 @@ class Oracle:
         self._encodings = Encodings()
         self._networks = networks(pipe)
         self._stand_ins = {
-            name: counted(net, _counts(name), lambda: self.scheduler.visit)
+            name: counted(net, self._add_rows if _counts(name) else None)
             for name, net in self._networks.items()
         }
         vae = pipe.components.get("vae")
@@ -161,6 +154,9 @@ class Oracle:
         if not torch.equal(order.flatten().sort().values, torch.arange(size)):
             raise NotSeenError
         self.injected, self._order = True, order.flatten().argsort().to(x.device)
+
+    def _add_rows(self, rows: int) -> None:
+        self.scheduler.visit.rows += rows
 
     # --- one call ------------------------------------------------------------------------------
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import builtins
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from steering.pipelines.grids import PerRow, grid_of, plain
 from steering.pipelines.schedulers import EXPLODING
-
-_IMAGES = 16  # codes of images remembered: an image and a mask, in batches of a few sizes
 
 
 class Captured(BaseException):
@@ -75,13 +73,13 @@ class Visit:
         times = scheduler.timesteps
         if self.tail is not None:
             turn = [times[-1]] if self.turns else []
-            scheduler.timesteps = times.as_subclass(_grid(turn, 0))
+            scheduler.timesteps = times.as_subclass(grid_of(turn, 0))
         elif self.at is not None:
             count, time = len(times), self.at.time.to(times)
             each = time.as_subclass(PerRow) if time.dim() else time
             # as long as the pipeline's own: slices and look-ups by the loop's index stay valid
             copies = time.reshape(-1)[:1].repeat(count)
-            scheduler.timesteps = copies.as_subclass(_grid([each] * count, self.at.index))
+            scheduler.timesteps = copies.as_subclass(grid_of([each] * count, self.at.index))
             if self.at.sigma is not None:
                 sigmas = scheduler.sigmas
                 level = self.at.sigma.to(sigmas).reshape(-1)[:1].repeat(count)
@@ -191,115 +189,6 @@ def _noising(base: type, name: str) -> Callable[..., Tensor]:
         return method(self, original, *args, **kwargs) if start is None else start
 
     return noising
-
-
-class PerRow(Tensor):
-    """Times [N] of the rows of a batch where a pipeline expects a scalar.
-
-    Expanding one to a multiple of N repeats it: guidance puts copies of a batch one after another.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is Tensor.expand and args[0].dim() == 1:
-            size = args[1] if isinstance(args[1], int) else args[1][0]
-            times = plain(args[0])
-            return times.repeat(size // len(times)).as_subclass(PerRow)
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
-class _Grid(Tensor):
-    """Times of a loop that yields `turns` instead, and counts them from `index`."""
-
-    turns: list[Tensor]
-    index: int
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.turns)
-
-
-def _grid(turns: list[Tensor], index: int) -> type[_Grid]:
-    # a class of its own, because slices of a tensor keep their class but no attributes
-    return type("Grid", (_Grid,), {"turns": turns, "index": index})
-
-
-def enumerate_grid(iterable: Any, start: int = 0) -> enumerate:
-    """`enumerate`, which counts a replaced grid from the index of the step asked for."""
-    grid = getattr(iterable, "iterable", iterable)  # under a progress bar
-    return builtins.enumerate(iterable, grid.index if isinstance(grid, _Grid) else start)
-
-
-def counted(net: nn.Module, count: bool, current: Callable[[], Visit]) -> nn.Module:
-    """A stand-in for a network of a pipeline: the same object in all but its call.
-
-    It adds the rows of each call to the current visit's and makes plain tensors of times, so that
-    the network runs on nothing it does not know. The network itself is called, with whatever hooks
-    and graphs it has.
-    """
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = _batch(args, kwargs)
-        if count:
-            current().rows += rows
-        args = tuple(_fitted(a, rows) for a in args)
-        return net(*args, **{name: _fitted(a, rows) for name, a in kwargs.items()})
-
-    members: dict[str, Any] = {"__call__": call}
-    if hasattr(net, "dtype"):  # which is looked for among all weights, each time it is asked
-        members["dtype"] = net.dtype
-    return _in_the_place_of(net, members)
-
-
-def remembering(vae: nn.Module) -> nn.Module:
-    """A stand-in for an autoencoder that encodes an image it has seen before from memory.
-
-    Control images and what is painted over are encoded in every call of a pipeline, and are the
-    same in all of them.
-    """
-    seen: list[tuple[Tensor, bool, Any]] = []
-
-    def encode(self: Any, x: Tensor, return_dict: bool = True) -> Any:
-        for image, form, code in seen:
-            if form == return_dict and image.shape == x.shape and torch.equal(image, x):
-                return code
-        with torch.no_grad():
-            code = vae.encode(x, return_dict=return_dict)  # pyright: ignore[reportCallIssue]
-        seen.append((x, return_dict, code))
-        del seen[:-_IMAGES]
-        return code
-
-    return _in_the_place_of(vae, {"encode": encode})
-
-
-def _in_the_place_of(module: nn.Module, members: dict[str, Any]) -> nn.Module:
-    """An object with the attributes and the class of a module, but for some members."""
-    stand_in: Any = object.__new__(type(type(module).__name__, (type(module),), members))
-    object.__setattr__(stand_in, "__dict__", vars(module))
-    return stand_in
-
-
-def plain(x: Tensor) -> Tensor:
-    """A tensor of no class of ours."""
-    return x.as_subclass(Tensor) if isinstance(x, (PerRow, _Grid)) else x
-
-
-def _batch(args: tuple, kwargs: dict) -> int:
-    """Rows of a network call: entries of its first argument that is a batch."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, list) and value and isinstance(value[0], Tensor):
-            return len(value)
-        if isinstance(value, Tensor) and value.dim() >= 3:
-            return len(value)
-    return 0
-
-
-def _fitted(value: Any, rows: int) -> Any:
-    if not isinstance(value, (PerRow, _Grid)):
-        return value
-    value = plain(value)
-    if value.dim() == 1 and rows and len(value) < rows and rows % len(value) == 0:
-        return value.repeat(rows // len(value))
-    return value
 
 
 class _Stepped(tuple):
