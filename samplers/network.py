@@ -19,11 +19,13 @@ class Network:
     a call is filled up to one of a few sizes with copies of its first row, not beyond `batch` (what
     memory was said to hold) unless states are small and on a CPU. On a CPU, where a batch gains
     little and caches are small, a batch of images goes in several calls (32 images of 28 x 28 at a
-    time), never below 16 rows.
+    time), never below 16 rows. A denoiser that makes several calls of one says `fills = False`, and
+    is not filled up.
     """
 
     def __init__(self, model: Model, ledger: Ledger, batch: int) -> None:
         self._model, self._ledger, self._largest = model, ledger, batch
+        self._fills = getattr(model.denoiser, "fills", True)
         self._memory = _SIZES[-1] + batch  # rows that fit into memory, as far as is known
         steps = torch.arange(model.process.steps, device=model.device)
         time = model.process.time(steps)
@@ -54,7 +56,7 @@ class Network:
         fits = max((s for s in _SIZES if s <= fits), default=fits) if fits < len(x) else len(x)
         while done < len(x):
             size = min(len(x) - done, self._largest, self._memory, fits)
-            full = next((s for s in _SIZES if s >= size), size)
+            full = next((s for s in _SIZES if s >= size), size) if self._fills else size
             full = min(full, max(self._largest, least), self._memory)
             part = slice(done, done + size)
             filled = (_filled(v[part], full) for v in (x, t, row))

@@ -60,7 +60,8 @@ def sample(
         reward_calls: hard limit of items scored per condition; items scored again alone, because a
             batch of them raised, are counted apart.
         seconds: of wall clock, for the run, not counting what a record answers; may overrun by one
-            network call and the reward call that is running then.
+            network call and the reward call that is running then (with offloaded networks, by the
+            scoring of what waits, at most 64 items).
         draws: how many to draw per condition; None gives all that was found, with weights.
         lam: inverse temperature λ (1/λ weighs the KL to the model). Default 1.
         kl: instead of lam, the KL divergence in nats from the model to aim at; found on a counted

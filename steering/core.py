@@ -16,7 +16,11 @@ from torch import Tensor
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """A network that guesses the clean end: E[x_0 | x_t], raw and unclipped."""
+    """A network that guesses the clean end: E[x_0 | x_t], raw and unclipped.
+
+    One whose calls are several of its network, by step or condition, says so with an attribute
+    `fills = False`: it gains nothing from calls that are filled up to a few sizes.
+    """
 
     def __call__(self, x: Tensor, t: Tensor, row: Tensor) -> Tensor:
         """Guess the clean end of N particles.

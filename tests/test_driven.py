@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -91,7 +93,8 @@ def test_a_batch_of_steps_and_prompts_is_what_its_rows_are_alone(name):
     scale = float(alone.abs().max())
     # float32 sums in another order; the prompts move it by far more
     assert (together - alone).abs().max() < 1e-4 * scale
-    assert (together - other).abs().max() > 1e-2 * scale or name == "StableDiffusionXLPipeline"
+    # of SDXL's random network the prompt moves little, and still by far more than rounding
+    assert (together - other).abs().max() > (1e-3 if "XL" in name else 1e-2) * scale
     assert model.denoiser.mixes
 
 
@@ -127,6 +130,12 @@ def test_both_routes_give_the_same_numbers(pipe, prompts, options):
     assert other.about.startswith("driven")
 
 
+def signed(call: Any, like: Any) -> Any:
+    """A function that says it takes what another does, and hides it."""
+    call.__signature__ = inspect.signature(like)
+    return call
+
+
 def same(pipe: Any, before: dict[str, Any]) -> bool:
     now = vars(pipe)
     assert type(pipe).__module__.startswith("diffusers.")
@@ -134,7 +143,9 @@ def same(pipe: Any, before: dict[str, Any]) -> bool:
     return now.keys() == before.keys() and all(now[k] is before[k] for k in now)
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionControlNetPipeline", "FluxPipeline"])
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionControlNetPipeline", "FluxPipeline", "StableDiffusionPAGPipeline"]
+)
 def test_no_trace_is_left_also_after_an_exception(name, monkeypatch):
     import sys
 
@@ -143,10 +154,11 @@ def test_no_trace_is_left_also_after_an_exception(name, monkeypatch):
     module = sys.modules[type(pipe).__module__]
     before, names, state = dict(vars(pipe)), dict(vars(module)), torch.get_rng_state()
     times = pipe.scheduler.timesteps
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    attention = dict(network.attn_processors)
     model = driven(tiny, pipe)
     sample(model, red, BestOfN(2), nfe=1000, progress=False)
     assert same(pipe, before)
-    network = getattr(pipe, "unet", None) or pipe.transformer
 
     def broken(*_: Any, **__: Any) -> None:
         raise OSError("the cable is out")
@@ -159,6 +171,7 @@ def test_no_trace_is_left_also_after_an_exception(name, monkeypatch):
     assert vars(module) == names
     assert torch.equal(torch.get_rng_state(), state)
     assert pipe.scheduler.timesteps is times
+    assert network.attn_processors == attention
 
 
 def test_gradients_reach_the_state_and_no_weight_keeps_one():
@@ -183,17 +196,17 @@ def test_rows_at_the_network_are_those_planned_for_every_step():
         lambda module, args, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
     short = {"max_sequence_length": tiny.call["max_sequence_length"]}
-    model = driven(tiny, pipe, call={**short, "cfg_trunc_ratio": 0.5})
-    x, _, t, row = starts(model, 4)
+    model = driven(tiny, pipe, call={**short, "cfg_trunc_ratio": 0.5}, steps=16)
+    x, _, t, row = starts(model, 16)
     planned = model.denoiser.rows(t, row)
-    assert planned.tolist() == [2, 2, 1, 1]
+    assert planned.tolist() == [2] * 8 + [1] * 8
     seen.clear()
     model.denoiser(x, t, row)
     assert sum(seen) == int(planned.sum())
     seen.clear()
     run = sample(model, red, TreeSearch(branch="even"), nfe=120, progress=False)
-    extra = run.spent.padded  # filled-up calls take rows of the first condition's step
-    assert run.nfe <= sum(seen) <= run.nfe + 2 * extra
+    assert sum(seen) == run.nfe
+    assert run.spent.padded == 0
 
 
 def test_a_network_that_takes_other_rows_than_planned_ends_the_run():
@@ -206,6 +219,17 @@ def test_a_network_that_takes_other_rows_than_planned_ends_the_run():
     x, _, t, row = starts(model, 2)
     with pytest.raises(RuntimeError, match=r"2 rows at steps .* where 4 were planned"):
         model.denoiser(x, t, row)
+
+
+@pytest.mark.parametrize(("steps", "end"), [(12, 0.5), (16, 0.5), (50, 0.8), (9, 0.12)])
+def test_a_control_that_ends_half_way_keeps_steps_apart(steps, end):
+    """Wherever it ends, at a multiple of the tests' batch or not."""
+    tiny = BY_NAME["StableDiffusionControlNetPipeline"]
+    model = driven(
+        tiny, steps=steps, call={"image": tiny.call["image"], "control_guidance_end": end}
+    )
+    assert not model.denoiser.mixes
+    assert not model.denoiser.fills
 
 
 def test_a_control_that_ends_half_way_is_right_at_every_step():
@@ -296,6 +320,98 @@ def test_two_threads_may_ask_and_decode_at_once():
     assert not wrong
 
 
+def test_prompts_that_are_there_twice_do_not_hide_those_that_are_not(monkeypatch):
+    """Embeddings in a form that nobody knows cannot be put together: each prompt by itself."""
+    pipe = stable_diffusion()
+    encode = type(pipe).encode_prompt
+
+    @wraps(encode)
+    def in_a_dictionary(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return dict(zip(("a", "b"), encode(self, *args, **kwargs), strict=True))
+
+    kept = type(pipe).__call__.__wrapped__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = self.encode_prompt
+        vars(self)["encode_prompt"] = lambda *a, **k: tuple(made(*a, **k).values())
+        return kept(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe), "encode_prompt", in_a_dictionary)
+    monkeypatch.setattr(type(pipe), "__call__", signed(call, kept))
+    model = from_pipeline(pipe, ["a fox", "blue jay", "a fox"], steps=4, route="driven")
+    x, _, t, row = starts(model, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.denoiser(x, t, row), one_by_one(model, x, t, row), rtol=0, atol=1e-4
+        )
+
+
+def test_a_list_as_long_as_a_batch_is_no_list_of_its_rows():
+    tiny = BY_NAME["Flux2Pipeline"]
+    call = {name: value for name, value in tiny.call.items() if name not in ("height", "width")}
+    model = driven(tiny, call={**call, "text_encoder_out_layers": [0, 1, 2]})
+    as_tuple = driven(tiny, call={**call, "text_encoder_out_layers": (0, 1, 2)})
+    x, _, t, row = starts(model, 3)
+    with torch.no_grad():
+        assert torch.equal(model.denoiser(x, t, row), as_tuple.denoiser(x, t, row))
+
+
+def test_a_pipeline_of_one_state_a_call_is_asked_and_decodes_one_by_one(monkeypatch):
+    pipe = stable_diffusion()
+    kept = type(pipe).__call__.__wrapped__
+
+    def one(self: Any, prompt: Any = None, **kwargs: Any) -> Any:
+        if len(prompt) > 1:
+            raise ValueError("one prompt at a time")
+        return kept(self, prompt, **kwargs)
+
+    monkeypatch.setattr(type(pipe), "__call__", signed(one, kept))
+    seen: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda net, args: seen.append(len(args[0])))
+    model = from_pipeline(pipe, ["a fox"], steps=4, route="driven")
+    seen.clear()
+    run = sample(model, red, BestOfN(5), progress=False)
+    assert run.items.shape[0] == 5
+    assert (run.spent.rescored, run.failed) == (0, 0)
+    assert sum(seen) == run.nfe  # and no call was filled up
+
+
+@pytest.mark.parametrize("leak", [0.03, 0.1])
+def test_half_precision_hides_no_leak(leak, monkeypatch):
+    pipe = stable_diffusion().to(torch.bfloat16)
+    assert from_pipeline(pipe, ["a fox"], steps=4, route="driven").denoiser.batches
+    forward = pipe.unet.forward
+
+    def leaking(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(x + leak * (x[:1] - x), *args, **kwargs)
+
+    monkeypatch.setattr(pipe.unet, "forward", leaking)
+    assert not from_pipeline(pipe, ["a fox"], steps=4, route="driven").denoiser.batches
+
+
+def test_records_know_what_changes_a_model():
+    """Arrays in `call`, FreeU, a shift, another autoencoder or text encoder."""
+    tiny = BY_NAME["StableDiffusionControlNetPipeline"]
+    arrays = [np.full((1, 16, 16, 3), value) for value in (0.0, 1.0)]
+    names = [driven(tiny, call={"image": array}).name for array in arrays]
+    pipe = tiny.build()
+    names += [driven(tiny, pipe).name]
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    names += [driven(tiny, pipe).name]
+    pipe.disable_freeu()
+    pipe.vae.post_quant_conv.weight.data += 1
+    names += [driven(tiny, pipe).name]
+    next(pipe.text_encoder.parameters()).data += 1
+    names += [driven(tiny, pipe).name]
+    flow = stable_diffusion_3()
+    names += [from_pipeline(flow, ["a fox"], steps=4).name]
+    flow.scheduler.set_shift(2.0)
+    names += [from_pipeline(flow, ["a fox"], steps=4).name]
+    assert len(set(names)) == len(names)
+    with pytest.raises(ValueError, match="call holds a object, which a record could not tell"):
+        from_pipeline(stable_diffusion(), ["a"], steps=4, call={"cross_attention_kwargs": object()})
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 
@@ -365,6 +481,12 @@ BAD = [
     ({"call": {"num_inference_steps": 3}}, "give steps="),
     ({"call": {"controlnet_scale": 1}}, "does not take"),
     ({"route": "fast"}, "route='fast'"),
+    ({"steps": 4.5}, "steps=4.5"),
+    ({"height": 16}, "height=16 is given without the other side"),
+    ({"guidance_scale": "7"}, "is a text"),
+    ({"call": {"callback": print}}, "set by the run"),
+    ({"preview": 3}, "preview=3 is neither"),
+    ({"preview": lambda x: x[:, 9]}, "preview does not decode"),
     ({"prompts": "a fox"}, r"give \['a fox'\]"),
     ({"prompts": [1]}, "prompts has 1"),
     ({"call": {"image": None}, "route": "native"}, "native adapters take no image"),
@@ -374,7 +496,7 @@ BAD = [
 @pytest.mark.parametrize(("options", "words"), BAD)
 def test_a_mistake_is_named(options, words):
     options = {"prompts": ["a fox"], "route": "driven", "steps": 4, **options}
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         from_pipeline(stable_diffusion(), **options)
 
 
@@ -429,3 +551,16 @@ def test_a_preview_decodes_guesses_on_the_way_and_nothing_that_arrives(make, rou
 
 def same_images(some: list[torch.Tensor], items: torch.Tensor) -> bool:
     return any(torch.equal(one, item) for one in some for item in items)
+
+
+@pytest.mark.parametrize("steps", [4, 12])
+def test_guidance_with_momentum_is_refused_wherever_it_begins(steps):
+    from diffusers import AdaptiveProjectedMixGuidance
+
+    tiny = BY_NAME["HunyuanImagePipeline"]
+    pipe = tiny.build()
+    pipe.guider = AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=2)
+    before = dict(vars(pipe.guider))
+    with pytest.raises(CannotDriveError, match="depends on earlier steps"):
+        driven(tiny, pipe, steps=steps)
+    assert vars(pipe.guider) == before

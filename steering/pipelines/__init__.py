@@ -8,8 +8,11 @@ from importlib import import_module
 from numbers import Real
 from typing import Any, Literal
 
+import torch
+
 from steering.cfg import ClassifierFree
 from steering.core import Model
+from steering.noise import root_key
 from steering.pipelines import driven
 from steering.pipelines.request import NotNativeError, Request, as_tuple
 
@@ -93,6 +96,13 @@ def from_pipeline(
         raise ValueError(f"route={route!r} is unknown: give 'native', 'driven' or None.")
     if not hasattr(pipe, "components"):
         raise ValueError(f"pipe is a {type(pipe).__name__}, no diffusers pipeline.")
+    model = _built(pipe, request, route)
+    if model.preview is not None:
+        _try_preview(model)
+    return model
+
+
+def _built(pipe: Any, request: Request, route: str | None) -> Model:
     if route == "driven":
         return driven.build(pipe, request)
     try:
@@ -104,6 +114,19 @@ def from_pipeline(
             raise
         model = driven.build(pipe, request)
         return replace(model, about=f"{model.about}; {error}")
+
+
+@torch.no_grad()
+def _try_preview(model: Model) -> None:
+    """ValueError if a preview does not decode a state: its latents may be another model's."""
+    assert model.preview is not None
+    try:
+        model.preview(model.process.prior(root_key(0, torch.arange(1, device=model.device))))
+    except Exception as error:
+        raise ValueError(
+            f"preview does not decode states of this model, {type(error).__name__}: {error}. Give "
+            "the small autoencoder of its latents."
+        ) from error
 
 
 def _family(pipe: Any, request: Request) -> str:
@@ -121,6 +144,8 @@ def _family(pipe: Any, request: Request) -> str:
 
 
 def _scales(guidance_scale: Any) -> float | tuple[float, ...] | None:
+    if isinstance(guidance_scale, str):
+        raise ValueError(f"guidance_scale={guidance_scale!r} is a text: give a number, or a list.")
     if isinstance(guidance_scale, (int, float, Real)):
         return float(guidance_scale)
     return None if guidance_scale is None else as_tuple("guidance_scale", guidance_scale)

@@ -53,22 +53,23 @@ def _opened(oracle: Oracle, request: Request) -> Model:
     process, prediction = read_grid(scheduler, tuple(first.sample.shape[1:]), eta=request.eta)
     if opened.cut or (opened.from_image and process.alpha[0] > 1e-6):
         raise CannotDriveError(
-            "it starts from a noised image, and only what starts from noise is supported (where "
-            "that is what is wanted, give call={'strength': 1.0})"
+            "it starts from a noised image, and only what starts from noise is supported"
+            + (" (call={'strength': 1.0} starts from noise)" if prediction == "flow" else "")
         )
     grid = Grid.of(scheduler, process)
     process = process.to(first.sample.device)
     opening = Opening.of(oracle, grid, first, process.prior_std)
-    opening.replay()
-    # what is asked for in `call` may hold at some steps only
-    steps = range(process.steps) if request.call else {0, process.steps // 2, process.steps - 1}
-    alone = opening.alone(sorted(steps))
+    opening = opening.replay()
+    # what is asked for in `call`, or a guidance object, may hold at some steps only
+    T = process.steps
+    every = bool(request.call or oracle.guiders)
+    steps = range(T) if every else sorted({k * (T - 1) // 4 for k in range(5)})
+    alone = opening.alone(list(steps))
     batches = opening.batches([0, 0])
     if not batches:  # some want an image of its own for every state
         oracle.inputs.repeats = True
         batches = opening.batches([0, 0])
-    mates = [r for r in conditions if r and look[r] == look[0]]
-    if batches and mates and not opening.batches([0, mates[-1]]):
+    if batches and not all(opening.batches(group) for group in _mates(oracle, look)):
         look = list(conditions)  # no two conditions in one call
     scales = [oracle.inputs.scale(r) for r in conditions]
     denoiser = DrivenDenoiser(
@@ -81,7 +82,7 @@ def _opened(oracle: Oracle, request: Request) -> Model:
         batches,
         batches and opening.mixes(alone),
     )
-    decoder = DrivenDecoder.of(oracle, opening.x[:1])
+    decoder = DrivenDecoder.of(oracle, opening.x[:1], batches)
     return Model(
         denoiser,
         process,
@@ -93,6 +94,15 @@ def _opened(oracle: Oracle, request: Request) -> Model:
         about=_about(oracle, denoiser, decoder),
         offloaded=any(hasattr(part, "_hf_hook") for part in oracle.pipe.components.values()),
     )
+
+
+def _mates(oracle: Oracle, look: list[Any]) -> list[list[int]]:
+    """Conditions that would share calls: a few different ones of each of a few kinds."""
+    by_kind: dict[Any, dict[Any, int]] = defaultdict(dict)
+    for row, kind in enumerate(look):
+        by_kind[kind, oracle.inputs.scale(row)].setdefault(oracle.inputs.asked(row), row)
+    groups = [list(rows.values())[:4] for rows in by_kind.values() if len(rows) > 1]
+    return groups[:4]
 
 
 def _about(oracle: Oracle, denoiser: DrivenDenoiser, decoder: DrivenDecoder) -> str:
@@ -138,6 +148,11 @@ class DrivenDenoiser:
     batches: bool
     mixes: bool
 
+    @property
+    def fills(self) -> bool:
+        """May a call be filled up? It costs nothing only where all states share one."""
+        return self.batches and self.mixes and len(set(self.kind)) == 1
+
     def rows(self, t: Tensor, row: Tensor) -> Tensor:
         return self.cost[row, self.to_clean.step(t).cpu()]
 
@@ -161,7 +176,7 @@ class DrivenDenoiser:
         if step.rows != planned:
             raise RuntimeError(
                 f"the pipeline's network took {step.rows} rows at steps {sorted(set(steps))} where "
-                f"{planned} were planned: what it costs depends on the state."
+                f"{planned} were planned: it is not the pipeline that was opened."
             )
         return step.output.float()
 
@@ -188,8 +203,8 @@ class DrivenDecoder:
     vae: Any = None
 
     @staticmethod
-    def of(oracle: Oracle, x: Tensor) -> DrivenDecoder:
-        """A decoder that works for states like x [1, *D].
+    def of(oracle: Oracle, x: Tensor, batches: bool) -> DrivenDecoder:
+        """A decoder that works for states like x [1, *D]; one by one where they do not share calls.
 
         Raises:
             CannotDriveError: there is none.
@@ -202,7 +217,8 @@ class DrivenDecoder:
                 error = failure
                 continue
             pixels = item[0, 0].numel() * (item.shape[1] if item.dim() == 5 else 1)
-            return DrivenDecoder(oracle, x.dtype, turns, max(1, PIXELS_AT_ONCE // pixels))
+            at_once = max(1, PIXELS_AT_ONCE // pixels) if batches else 1
+            return DrivenDecoder(oracle, x.dtype, turns, at_once)
         raise CannotDriveError(f"it does not decode, {type(error).__name__}: {error}") from error
 
     def __call__(self, x: Tensor) -> Tensor:

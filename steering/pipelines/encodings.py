@@ -6,8 +6,12 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+
+from steering.pipelines.request import digest
 
 
 class Encodings:
@@ -64,7 +68,9 @@ class Encodings:
 def _of_place(given: dict[str, Any], k: int, count: int) -> dict[str, Any]:
     """Arguments of one row of a batch: of lists with an entry for every row, its own; one row."""
     own = {
-        name: [value[k]] if isinstance(value, list) and len(value) == count else value
+        name: [value[k]]
+        if "prompt" in name and isinstance(value, list) and len(value) == count
+        else value
         for name, value in given.items()
     }
     return own | ({"batch_size": 1} if "batch_size" in own else {})
@@ -82,7 +88,9 @@ def _layout(one: Any, pair: Any) -> Any:
         return True
     if isinstance(one, (list, tuple)):
         return tuple(_layout(part, both) for part, both in zip(one, pair, strict=True))
-    return None
+    if one is None or isinstance(one, (int, float, str)):
+        return None
+    raise TypeError(f"embeddings in a {type(one).__name__} cannot be put together")
 
 
 def _together(ones: list[Any], layout: Any) -> Any:
@@ -104,17 +112,17 @@ def _shapes(value: Any) -> Any:
         return tuple(value.shape), str(value.dtype)
     if isinstance(value, (list, tuple)):
         return tuple(_shapes(part) for part in value)
-    return None
+    return None if value is None else id(value)
 
 
 def _key(value: Any) -> Any:
-    """What tells arguments apart: texts and numbers by value, tensors and objects by identity."""
+    """What tells arguments apart: by value where that can be told, objects by identity."""
     if isinstance(value, dict):
         return tuple((name, _key(part)) for name, part in sorted(value.items()))
     if isinstance(value, (list, tuple)):
         return tuple(map(_key, value))
-    if isinstance(value, Tensor):
-        return id(value), value._version
+    if isinstance(value, (Tensor, np.ndarray, Image.Image)):  # pipelines make them anew each time
+        return digest(value)
     if isinstance(value, (str, int, float, bool, type(None), torch.device, torch.dtype)):
         return type(value).__name__, str(value)
     return id(value)

@@ -27,7 +27,8 @@ _OURS = {
 # arguments that belong to the run, or would change what a call is
 _TAKEN = (
     *("latents", "generator", "batch_size", "output_type", "return_dict", "timesteps", "sigmas"),
-    *("num_images_per_prompt", "num_videos_per_prompt", "callback_on_step_end"),
+    *("num_images_per_prompt", "num_videos_per_prompt", "denoising_start", "denoising_end"),
+    *("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
 
 
@@ -80,6 +81,13 @@ class Inputs:
                 raise ValueError(
                     f"{_OURS[argument]} is given, but {name} takes no {argument}: leave it out."
                 )
+        sides = {"height", "width"} & takes
+        given = [side for side in sides if asked[side] is not None]
+        if len(sides) == 2 and len(given) == 1:  # some leave out one that comes alone
+            raise ValueError(
+                f"{given[0]}={asked[given[0]]} is given without the other side: give height and "
+                "width."
+            )
         conditional = {"prompt", "class_labels"} & takes
         if conditional and request.prompts is None:
             raise ValueError(f"prompts is missing: {name} needs a list of them.")
@@ -116,6 +124,13 @@ class Inputs:
         if "generator" in self.takes:  # what depends on no state is drawn alike for all
             call["generator"] = [torch.Generator(self.device).manual_seed(0) for _ in rows]
         return call
+
+    def asked(self, row: int) -> Any:
+        """What a condition is made of: conditions that are asked for alike are one."""
+        return (
+            None if self.prompts is None else self.prompts[row],
+            None if self.negative_prompts is None else self.negative_prompts[row],
+        )
 
     def scale(self, row: int) -> float | None:
         """Its guidance scale, which all rows of one call share; None is the pipeline's own."""

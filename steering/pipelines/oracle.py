@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from steering.pipelines.conditional import evaluating
 from steering.pipelines.encodings import Encodings
-from steering.pipelines.grids import enumerate_grid
 from steering.pipelines.request import networks
 from steering.pipelines.stand_ins import counted, remembering
+from steering.pipelines.turns import enumerate_turns
 from steering.pipelines.visit import At, Captured, Step, Visit, driven
 
 # loops look `enumerate` and `randn_tensor` up in their module, which all pipelines of it share
@@ -79,6 +79,10 @@ class Oracle:
         # where it runs is looked for among all of its modules, each time it is asked
         where = {"_execution_device": pipe._execution_device}
         self._kinds = type(pipe), type(type(pipe).__name__, (type(pipe),), where)
+        self._device = where["_execution_device"]
+        # guidance that keeps what it saw starts anew in every call, as the pipeline's own does
+        self.guiders = {n: p for n, p in pipe.components.items() if hasattr(p, "set_state")}
+        self._processors: dict[str, dict[str, Any]] = {}  # that the pipeline exchanges in its calls
         owners = [
             c for c in type(pipe).__mro__ if "__call__" in vars(c) or ".pipelines." in c.__module__
         ]
@@ -98,8 +102,11 @@ class Oracle:
 
     def open(self, row: int) -> Opened:
         """The pipeline's own first step, from its own noise."""
-        visit = Visit(1)
+        visit, before = Visit(1), self._attention()
         self._run(visit, [row])
+        after = self._attention()
+        self._processors = {n: before[n] for n in before if before[n] != after[n]}
+        self._restore_attention()
         shapes = [shape[1:] for shape in visit.drawn if shape[0] == 1 and len(shape) > 2]
         self._natural = shapes[0] if shapes else None
         scheduler = copy.copy(self.scheduler)
@@ -178,17 +185,18 @@ class Oracle:
     @contextmanager
     def _held(self, visit: Visit, rows: Sequence[int]) -> Iterator[None]:
         """The pipeline with our scheduler and stand-ins in place; as it was, afterwards."""
-        with _ALONE, _random_numbers_aside(), evaluating(*self._networks.values()):
+        aside = _random_numbers_aside(self._device)
+        with _ALONE, aside, evaluating(*self._networks.values()):
             attributes = vars(self.pipe)
-            found = dict(attributes)
-            undo = [
-                *(_shadow(module, visit.noise, enumerate_grid) for module in self._modules),
-                _shadow(sys.modules["diffusers.models.autoencoders.vae"], visit.code),
-            ]
-            self.scheduler.visit = visit
+            found, undo = dict(attributes), []
             try:
+                for module in self._modules:
+                    _shadow(module, undo, visit.noise, enumerate_turns)
+                _shadow(sys.modules["diffusers.models.autoencoders.vae"], undo, visit.code)
+                self.scheduler.visit = visit
                 self.pipe.__class__ = self._kinds[1]
                 attributes.update(self._stand_ins)
+                attributes.update({n: copy.deepcopy(p) for n, p in self.guiders.items()})
                 attributes["scheduler"] = self.scheduler
                 if visit.vae is not None:
                     attributes["vae"] = visit.vae
@@ -203,7 +211,19 @@ class Oracle:
                 attributes.update(found)
                 for restore in undo:
                     restore()
-                del self.scheduler.visit
+                self._restore_attention()
+                self.scheduler.visit = None
+
+    def _attention(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, Any] = {
+            name: getattr(net, "attn_processors", None) for name, net in self._networks.items()
+        }
+        return {name: dict(processors) for name, processors in found.items() if processors}
+
+    def _restore_attention(self) -> None:
+        for name, processors in self._processors.items():
+            network: Any = self._networks[name]
+            network.set_attn_processor(dict(processors))  # which empties what it is given
 
 
 def _counts(name: str) -> bool:
@@ -211,9 +231,9 @@ def _counts(name: str) -> bool:
     return "controlnet" not in name and "adapter" not in name
 
 
-def _shadow(module: Any, noise: Callable[..., Tensor], enumeration: Any = None) -> Callable:
+def _shadow(module: Any, undo: list, noise: Callable[..., Tensor], enumeration: Any = None) -> None:
     """Put stand-ins into a module, for its `randn_tensor` if it draws and for the built-in
-    `enumerate`; how to undo it."""
+    `enumerate`; how to take them out again goes to `undo` first."""
     names = vars(module)
     shadows: dict[str, Any] = {} if enumeration is None else {"enumerate": enumeration}
     if "randn_tensor" in names:
@@ -222,23 +242,22 @@ def _shadow(module: Any, noise: Callable[..., Tensor], enumeration: Any = None) 
 
     def restore() -> None:
         for name in shadows:
-            del names[name]
+            names.pop(name, None)
         names.update(before)
 
+    undo.append(restore)
     names.update(shadows)
-    return restore
 
 
 @contextmanager
-def _random_numbers_aside() -> Iterator[None]:
+def _random_numbers_aside(device: torch.device) -> Iterator[None]:
     """Global random numbers are the same in every call, and untouched afterwards.
 
     Some pipelines draw from them what depends on no state, such as the code of a control image.
     """
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    with torch.random.fork_rng(devices=[] if device is None else [device]):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
         torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
-        if device is not None:
-            seeded = torch.Generator(f"cuda:{device}").manual_seed(0)
-            torch.cuda.set_rng_state(seeded.get_state(), device)
+        for each in devices:
+            torch.cuda.set_rng_state(torch.Generator(each).manual_seed(0).get_state(), each)
         yield

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class Request:
                 f"preview={self.preview!r} is neither an autoencoder nor a function: give a "
                 "diffusers AutoencoderTiny, or states -> images."
             )
+        if type(self.steps) is not int or self.steps < 1:
+            raise ValueError(f"steps={self.steps!r} is no number of steps: give an int from 1 on.")
         if self.eta is not None and not isinstance(self.eta, (int, float)):
             raise ValueError(f"eta={self.eta!r} is no number: give one from 0 to 1, or None.")
         for name in ("height", "width"):
@@ -66,13 +69,13 @@ class Request:
             )
 
     def describe(self, pipe: Any) -> str:
-        """The pipeline's class, what was asked of it, and a fingerprint of its network and
-        scheduler: records of other models differ in it."""
+        """The pipeline's class, what was asked of it, and a fingerprint of its parts: records of
+        other models differ in it."""
         own = ("steps", "prompts")  # records hold these apart
         asked = {k: v for k, v in vars(self).items() if k not in own and v is not None}
-        settings = ", ".join(f"{k}={_told(v)}" for k, v in asked.items())
+        settings = ", ".join(f"{k}={_told(k, v)}" for k, v in asked.items())
         asked_for = f"({settings})" if settings else ""
-        return f"{type(pipe).__name__}{asked_for}#{_fingerprint(pipe)}"
+        return f"{type(pipe).__name__}{asked_for}#{_fingerprint(pipe.components)}"
 
     def scales(self, default: float) -> Tensor:
         """[R] float32 guidance scales."""
@@ -148,30 +151,73 @@ class Request:
                 raise ValueError(f"{name}={given} cannot be had: this pipeline makes {own} pixels.")
 
 
-def _told(value: Any) -> str:
-    """A value in a few characters, the same in every process: images and tensors by a digest."""
+def _told(name: str, value: Any) -> str:
+    """A value in a few characters, the same in every process: records of other ones differ in it.
+
+    Raises:
+        ValueError: an object that cannot be told from another of its class.
+    """
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {_told(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k}: {_told(name, v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "(" + ", ".join(map(_told, value)) + ")"
-    if is_dataclass(value):
+        return "(" + ", ".join(_told(name, v) for v in value) + ")"
+    if isinstance(value, (Tensor, np.ndarray, Image.Image)):
+        return "#" + digest(value)
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__}#{_fingerprint({name: value})}"
+    if is_dataclass(value) or isinstance(value, (str, int, float, type(None), torch.dtype)):
         return str(value)
-    if isinstance(value, Image.Image):
-        value = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
-    if isinstance(value, Tensor):
-        content = value.detach().cpu().double().numpy().tobytes()
-        return "#" + hashlib.blake2b(content, digest_size=4).hexdigest()
-    return str(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
+    if callable(value) and hasattr(value, "__qualname__"):
+        return value.__qualname__
+    raise ValueError(
+        f"{name} holds a {type(value).__name__}, which a record could not tell from another: give "
+        "numbers, texts, images, tensors, or lists of them."
+    )
 
 
-def _fingerprint(pipe: Any) -> str:
-    """Eight hexadecimal digits of a few numbers from every weight, and of the scheduler."""
-    config = sorted(c for c in pipe.scheduler.config.items() if not c[0].startswith("_"))
-    digest = hashlib.blake2b(repr((type(pipe.scheduler).__name__, config)).encode(), digest_size=4)
-    for network in networks(pipe).values():
-        for weight in network.parameters():
-            digest.update(_some_of(weight))
-    return digest.hexdigest()
+def digest(value: Tensor | np.ndarray | Image.Image) -> str:
+    """Eight hexadecimal digits of what an image or an array holds."""
+    array = (
+        value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    )
+    told = f"{array.shape}{array.dtype}".encode() + np.ascontiguousarray(array).tobytes()
+    return hashlib.blake2b(told, digest_size=4).hexdigest()
+
+
+def _fingerprint(parts: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits of a few numbers from every weight, and of every plain setting.
+
+    Settings that are no weights change what a network says, too: the scales of adapters, FreeU.
+    """
+    whole = hashlib.blake2b(digest_size=4)
+    for name, part in parts.items():
+        config = getattr(part, "config", {})
+        plain = isinstance(config, Mapping)
+        whole.update(repr((name, type(part).__name__, _settings(config) if plain else "")).encode())
+        if not isinstance(part, nn.Module):
+            shift = getattr(part, "shift", None)  # which `set_shift` writes nowhere else
+            whole.update(repr(shift if isinstance(shift, (int, float)) else None).encode())
+            continue
+        for path, module in part.named_modules():
+            own = {k: v for k, v in vars(module).items() if k != "training"}
+            whole.update(repr((path, _settings(own))).encode())
+        for weight in part.parameters():
+            whole.update(_some_of(weight))
+    return whole.hexdigest()
+
+
+def _settings(named: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is plain among attributes: numbers, texts, and mappings of them."""
+    plain = (int, float, str, bool)
+    return sorted(
+        (name, repr(dict(value) if isinstance(value, Mapping) else value))
+        for name, value in named.items()
+        if not name.startswith("_")
+        and (
+            isinstance(value, plain)
+            or (isinstance(value, Mapping) and all(isinstance(v, plain) for v in value.values()))
+        )
+    )
 
 
 def _some_of(weight: Tensor) -> bytes:

@@ -105,7 +105,7 @@ def read_grid(
         warnings.warn(
             f"{type(scheduler).__name__} is a solver of higher order: its grid is run with the "
             f"first-order {kernel} kernel (eta={1.0 if eta is None else eta}).",
-            stacklevel=5,
+            stacklevel=6,
         )
     return process, _prediction(config, name)
 
@@ -116,6 +116,7 @@ def _refuse_unknown_settings(name: str, config: Any) -> None:
         "variance_type": str(config.get("variance_type")).startswith("learned")
         or config.get("variance_type") == "fixed_large_log",
         "invert_sigmas": bool(config.get("invert_sigmas")),
+        "interpolation_type": config.get("interpolation_type") == "log_linear",
         "use_flow_sigmas": bool(flows)
         and not (config.get("use_flow_sigmas") and config.prediction_type == "flow_prediction"),
         "prediction_type": name not in FLOWS and config.prediction_type not in PREDICTIONS,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steering.pipelines.grids import Grid, PerRow, plain
+from steering.pipelines.turns import PerRow, Turns, plain
 
 _IMAGES = 16  # codes of images remembered: an image and a mask, in batches of a few sizes
 
@@ -73,7 +73,7 @@ def _batch(args: tuple, kwargs: dict) -> int:
 
 
 def _fitted(value: Any, rows: int) -> Any:
-    if not isinstance(value, (PerRow, Grid)):
+    if not isinstance(value, (PerRow, Turns)):
         return value
     value = plain(value)
     if value.dim() == 1 and rows and len(value) < rows and rows % len(value) == 0:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering.pipelines.grids import PerRow, grid_of, plain
 from steering.pipelines.schedulers import EXPLODING
+from steering.pipelines.turns import PerRow, plain, turns_of
 
 
 class Captured(BaseException):
@@ -36,6 +36,7 @@ class Step:
     sample: Tensor  # [N, *D] the state it was made from, as the pipeline holds it
     time: Any  # as given to `step`
     rows: int  # network rows that it took
+    length: int | None  # turns that the loop would make; None where it does not say
 
 
 @dataclass
@@ -65,6 +66,10 @@ class Visit:
     drawn: list[tuple[int, ...]] = field(default_factory=list)  # shapes of its noise
     noised_image: bool = False  # did it noise an image to start from?
     rows: int = 0
+    length: int | None = None
+
+    def _note(self, length: int) -> None:
+        self.length = length
 
     def grid_set(self, scheduler: Any) -> None:
         """The pipeline has set its grid: leave it, or put copies of one time in its place."""
@@ -73,13 +78,15 @@ class Visit:
         times = scheduler.timesteps
         if self.tail is not None:
             turn = [times[-1]] if self.turns else []
-            scheduler.timesteps = times.as_subclass(grid_of(turn, 0))
+            scheduler.timesteps = times.as_subclass(turns_of(turn, 0, self._note))
         elif self.at is not None:
             count, time = len(times), self.at.time.to(times)
             each = time.as_subclass(PerRow) if time.dim() else time
             # as long as the pipeline's own: slices and look-ups by the loop's index stay valid
             copies = time.reshape(-1)[:1].repeat(count)
-            scheduler.timesteps = copies.as_subclass(grid_of([each] * count, self.at.index))
+            scheduler.timesteps = copies.as_subclass(
+                turns_of([each] * count, self.at.index, self._note)
+            )
             if self.at.sigma is not None:
                 sigmas = scheduler.sigmas
                 level = self.at.sigma.to(sigmas).reshape(-1)[:1].repeat(count)
@@ -96,7 +103,7 @@ class Visit:
         if self.tail is not None:
             return _Stepped(self.tail)
         output, sample = self._own(given["model_output"]), self._own(given["sample"])
-        self.seen.append(Step(output, sample, given["timestep"], self.rows))
+        self.seen.append(Step(output, sample, given["timestep"], self.rows, self.length))
         self.rows = 0
         if self.at is not None:
             raise Captured
@@ -119,7 +126,7 @@ class Visit:
         return copies[0] if alike else x
 
     def noise(self, draw: Callable[..., Tensor], shape: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The pipeline draws noise: the first draw of a state's shape is where it starts."""
+        """The pipeline draws noise: what has a state's shape is where it starts."""
         self.drawn.append(tuple(shape))
         if self.start is not None and tuple(shape) == tuple(self.start.shape):
             return self.start.to(kwargs.get("dtype") or self.start.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -24,28 +24,30 @@ class PerRow(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-class Grid(Tensor):
+class Turns(Tensor):
     """Times of a loop that yields `turns` instead, and counts them from `index`."""
 
     turns: list[Tensor]
     index: int
+    note: Callable[[int], None]
 
     def __iter__(self) -> Iterator[Tensor]:
+        self.note(len(self))  # which a pipeline may have cut
         return iter(self.turns)
 
 
-def grid_of(turns: list[Tensor], index: int) -> type[Grid]:
-    """The class of a grid that yields `turns`."""
+def turns_of(turns: list[Tensor], index: int, note: Callable[[int], None]) -> type[Turns]:
+    """The class of times that a loop finds to be `turns`; `note` is told how long it would be."""
     # a class of its own, because slices of a tensor keep their class but no attributes
-    return type("Grid", (Grid,), {"turns": turns, "index": index})
+    return type("Turns", (Turns,), {"turns": turns, "index": index, "note": staticmethod(note)})
 
 
-def enumerate_grid(iterable: Any, start: int = 0) -> enumerate:
-    """`enumerate`, which counts a replaced grid from the index of the step asked for."""
-    grid = getattr(iterable, "iterable", iterable)  # under a progress bar
-    return builtins.enumerate(iterable, grid.index if isinstance(grid, Grid) else start)
+def enumerate_turns(iterable: Any, start: int = 0) -> enumerate:
+    """`enumerate`, which counts replaced times from the index of the step asked for."""
+    times = getattr(iterable, "iterable", iterable)  # under a progress bar
+    return builtins.enumerate(iterable, times.index if isinstance(times, Turns) else start)
 
 
 def plain(x: Tensor) -> Tensor:
     """A tensor of no class of ours."""
-    return x.as_subclass(Tensor) if isinstance(x, (PerRow, Grid)) else x
+    return x.as_subclass(Tensor) if isinstance(x, (PerRow, Turns)) else x
