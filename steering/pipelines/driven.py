@@ -30,9 +30,9 @@ def build(pipe: Any, request: Request) -> Model:
         raise CannotDriveError(f"{type(pipe).__name__} cannot be driven: it has no scheduler.")
     check_scheduler(pipe.scheduler)
     request.refuse("cfg", because="this pipeline is driven: say what you wish in its own arguments")
-    oracle = Oracle(pipe, Inputs.of(pipe, request))
+    inputs, name = Inputs.of(pipe, request), request.describe(pipe)
     try:
-        return _opened(oracle, request)
+        return replace(_opened(Oracle(pipe, inputs), request), name=name)
     except CannotDriveError as error:
         raise CannotDriveError(f"{type(pipe).__name__} cannot be driven: {error}.") from error
 
@@ -90,7 +90,6 @@ def _opened(oracle: Oracle, request: Request) -> Model:
         preview=request.preview_by(lambda vae: replace(decoder, vae=vae)),
         prompts=request.prompts or (None,),
         device=first.sample.device,
-        name=request.describe(oracle.pipe),
         about=_about(oracle, denoiser, decoder),
         offloaded=any(hasattr(part, "_hf_hook") for part in oracle.pipe.components.values()),
     )
