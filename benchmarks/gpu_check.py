@@ -6,8 +6,8 @@
 Pipelines have the networks of SD 1.5, SDXL and FLUX.1 in shape and size, with random weights
 (`tests/shaped_pipelines.py`). Checked, natively and driven:
 
-- speed: wall time of a run of DTS, DTS* and SMC over that of as many rows of the bare network at
-  its best batch size, in turn, median of pairs; goal 1.05;
+- speed: wall time of a run of DTS, DTS* and SMC, undecoded, over that of as many rows of the bare
+  U-Net at its best batch size, in turn, median of pairs; goal 1.05;
 - memory: peak of a DTS* run over that of best-of-N, goal 1.1; FLUX in bfloat16 with model offload
   on a device held to 24 GB;
 - half precision: rewards are finite in float16 and bfloat16;
@@ -22,7 +22,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -90,14 +91,27 @@ def red(items: Tensor, prompts: Any) -> Tensor:
     return items[:, 0].mean((1, 2)) - items[:, -1].mean((1, 2))
 
 
-def bare(model: Model, batch: int, calls: int) -> None:
-    """The denoiser alone, on full batches at mixed steps."""
+def bare(pipe: Any, model: Model, batch: int) -> Callable[[int], None]:
+    """Calls of the U-Net alone, with what it is given for `batch` states at mixed steps."""
     key = torch.arange(batch, device=model.device)
     x, t = model.process.prior(key), model.process.time(key % model.process.steps)
-    row = torch.zeros(batch, dtype=torch.int64)
-    with torch.no_grad():
-        for _ in range(calls):
-            model.denoiser(x, t, row)
+    given: list[Any] = []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda net, args, kwargs: given.append((args, kwargs)), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            model.denoiser(x, t, torch.zeros(batch, dtype=torch.int64))
+    finally:
+        hook.remove()
+    args, kwargs = given[0]
+
+    def call(times: int) -> None:
+        with torch.no_grad():
+            for _ in range(times):
+                pipe.unet(*args, **kwargs)
+
+    return call
 
 
 def rollout(model: Model) -> int:
@@ -107,42 +121,42 @@ def rollout(model: Model) -> int:
     return int(model.denoiser.rows(model.process.time(i), row).sum())
 
 
-def best_batch(bench: Bench, model: Model) -> tuple[int, float]:
-    """The batch size at which a state costs least, and its seconds."""
+def best_batch(bench: Bench, pipe: Any, model: Model) -> int:
+    """The batch size at which a state costs least."""
     cost: dict[int, float] = {}
     for batch in bench.sizes:
         try:
-            bare(model, batch, 1)
-            cost[batch] = min(bench.wall(lambda b=batch: bare(model, b, 2)) for _ in range(2))
-            cost[batch] /= 2 * batch
+            call = bare(pipe, model, batch)
+            cost[batch] = min(bench.wall(partial(call, 2)) for _ in range(2)) / (2 * batch)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
-    batch = min(cost, key=lambda b: cost[b])
     print("  bare network, ms a state: "
           + ", ".join(f"batch {b}: {1e3 * s:.2f}" for b, s in cost.items()))  # fmt: skip
-    return batch, cost[batch]
+    return min(cost, key=lambda b: cost[b])
 
 
-def speed(bench: Bench, model: Model) -> dict[str, float]:
-    """Wall time of runs over that of the network they call, pair by pair."""
-    batch, _ = best_batch(bench, model)
-    way = rollout(model)
+def speed(bench: Bench, pipe: Any, model: Model) -> dict[str, float]:
+    """Wall time of runs over that of the network they call, pair by pair.
+
+    States are scored as they are: decoding is no part of what is measured.
+    """
+    batch = best_batch(bench, pipe, model)
+    call, way = bare(pipe, model, batch), rollout(model)
+    undecoded = replace(model, decode=lambda x: x)
     nfe, found = bench.rollouts * way, {"batch": float(batch)}
     for name, sampler in SAMPLERS.items():
         ratios = []
         for repeat in range(bench.repeats + 1):  # the first is for warmth
-            runs: list[Any] = []
-
-            def once(sampler: Any = sampler, seed: int = repeat, runs: list[Any] = runs) -> None:
-                run = sample(model, red, sampler, nfe=nfe, seed=seed, batch=batch, progress=False)
-                runs.append(run)
-
-            seconds = bench.wall(once)
-            states = runs[0].nfe / (way / bench.steps)
+            run = partial(
+                sample, undecoded, red, sampler, nfe=nfe, seed=repeat, batch=batch, progress=False
+            )
+            results: list[Any] = []
+            seconds = bench.wall(lambda run=run, results=results: results.append(run()))
+            states = results[0].nfe / (way / bench.steps)
             calls = max(1, round(states / batch))
-            network = bench.wall(lambda calls=calls: bare(model, batch, calls)) / (calls * batch)
-            ratios.append((seconds - runs[0].spent.scoring_seconds) / (states * network))
+            network = bench.wall(partial(call, calls)) / (calls * batch)
+            ratios.append(seconds / (states * network))
         found[name] = statistics.median(ratios[1:])
         print(f"  {name}: engine over bare network {found[name]:.3f} "
               f"({min(ratios[1:]):.3f}..{max(ratios[1:]):.3f})", flush=True)  # fmt: skip
@@ -201,7 +215,7 @@ def one_shape(bench: Bench, name: str, dtype: torch.dtype) -> dict[str, Any]:
         began = time.perf_counter()
         model = from_pipeline(pipe, ["a red fox"], steps=bench.steps, route=route)  # type: ignore[arg-type]
         print(f"  opened in {time.perf_counter() - began:.2f} s: {model.about}")
-        speeds = speed(bench, model)
+        speeds = speed(bench, pipe, model)
         batch = int(speeds["batch"])
         found[route] = {
             "speed": speeds,
