@@ -128,7 +128,7 @@ class Engine:
                 if stop.asked:
                     status = "interrupted"
                     break
-                if seconds is not None and self._walking_for() > seconds:
+                if self._late(seconds):
                     status = "seconds"
                     break
                 asked = self._admit(sampler, state, plan, flight, scorer, offline)
@@ -138,7 +138,7 @@ class Engine:
                 waiting = time.monotonic()
                 if idle:
                     scorer.release()
-                finished = scorer.finished(wait=idle)
+                finished = scorer.finished(idle, lambda: stop.asked or self._late(seconds))
                 self.ledger.waited_seconds += time.monotonic() - waiting
                 for tag, scores in finished:
                     self._scored(sampler, state, tag, scores)
@@ -146,7 +146,7 @@ class Engine:
                 self._save(force=False)
                 if watch is not None:
                     watch(self)
-                if idle and not sampler.done(state):
+                if idle and not (stop.asked or self._late(seconds)) and not sampler.done(state):
                     if offline:
                         status = "interrupted"
                         break
@@ -165,6 +165,9 @@ class Engine:
     def states(self, handles: list[int]) -> Tensor:
         """Kept states [N, *D] on the model's device."""
         return self.store.get([self.entry[h] for h in handles]).to(self.model.device)
+
+    def _late(self, seconds: float | None) -> bool:
+        return seconds is not None and self._walking_for() > seconds
 
     def _walking_for(self) -> float:
         """Seconds since the first walk that no record answered."""

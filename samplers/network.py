@@ -8,19 +8,19 @@ from torch import Tensor
 from samplers.ledger import Ledger
 from steering.core import Model
 
-_SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _CPU_NUMBERS = 2**15  # of the states in one call on a CPU: more rows only overflow its caches
 
 
 class Network:
     """Counts what its denoiser is called for; `rows` [R, T] int64 is the price of every call.
 
-    Networks are not bit-equal over batch sizes below 16, and compiled graphs want few shapes, so
-    a call is filled up to one of a few sizes with copies of its first row, not beyond `batch` (what
-    memory was said to hold) unless states are small and on a CPU. On a CPU, where a batch gains
-    little and caches are small, a batch of images goes in several calls (32 images of 28 x 28 at a
-    time), never below 16 rows. A denoiser that makes several calls of one says `fills = False`, and
-    is not filled up.
+    Compiled graphs want few shapes, and networks are not bit-equal over batch sizes below 16. So a
+    call is filled up with copies of its first row to one of a few sizes, at most `batch` (what
+    memory was said to hold); where rows cost little, small states on a CPU, to 16 at least. A
+    denoiser that makes several calls of one says `fills = False`, and is not filled up. On a CPU,
+    where a batch gains little and caches are small, a batch of images goes in several calls (32
+    images of 28 x 28 at a time), never below 16 rows.
     """
 
     def __init__(self, model: Model, ledger: Ledger, batch: int) -> None:
@@ -56,8 +56,8 @@ class Network:
         fits = max((s for s in _SIZES if s <= fits), default=fits) if fits < len(x) else len(x)
         while done < len(x):
             size = min(len(x) - done, self._largest, self._memory, fits)
-            full = next((s for s in _SIZES if s >= size), size) if self._fills else size
-            full = min(full, max(self._largest, least), self._memory)
+            full = next((s for s in _SIZES if s >= max(size, least)), size)
+            full = min(full, max(self._largest, least), self._memory) if self._fills else size
             part = slice(done, done + size)
             filled = (_filled(v[part], full) for v in (x, t, row))
             try:

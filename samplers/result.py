@@ -166,9 +166,10 @@ class Result:
             share = share / share.sum()
             log_z = ", ".join(f"{z:.3f}" for z in self.log_z.tolist()[:4])
             log_z += ", ..." if len(self.log_z) > 4 else ""
+            told = f"; log Z {log_z} at lam={self.lam:.4g}" if self.log_z.isfinite().any() else ""
             lines.append(
                 f"reward: mean {float((share * self.rewards).sum()):.4f}, "
-                f"best {float(self.rewards.max()):.4f}; log Z {log_z} at lam={self.lam:.4g}"
+                f"best {float(self.rewards.max()):.4f}{told}"
             )
             for name, value in self.also.items():
                 lines.append(f"held out, {name}: mean {float((share * value).sum()):.4f}")

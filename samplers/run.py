@@ -24,6 +24,7 @@ from samplers.scoring import OnError, reward_name
 from samplers.spec import Spec, check_same_model, check_same_run, decode, encode, header, spec_of
 from samplers.temper import find_lam
 from steering.core import Guidance, Model
+from steering.rewards.compose import Composable
 
 _SAVED_AT_ONCE = 4096  # walks per file of states
 
@@ -104,6 +105,9 @@ def sample(
             f"guidance is off at steps {', '.join(map(str, quiet))}, where no noise is drawn.",
             stacklevel=2,
         )
+    for each in (reward, *also):
+        if isinstance(each, Composable):
+            each.load()  # what cannot be loaded is no reason to have walked
     expected = footprint(model, batch) if progress else None
     if expected is not None:
         tqdm.write(str(expected))
@@ -283,7 +287,7 @@ def _continued(folder: Any, saved: journal.Saved, asked: Spec, engine: Engine) -
     began = decode(saved.header["spec"]["budget"], None)
     limits = ("nfe", "reward_calls")
     if all(getattr(asked.budget, name) == getattr(began, name) for name in limits):
-        return dataclasses.replace(kept, sampler=asked.sampler, budget=asked.budget)
+        return dataclasses.replace(kept, budget=asked.budget)
     for name in limits:
         had, wanted = getattr(kept.budget, name), getattr(asked.budget, name)
         if (had is None) != (wanted is None) or (had is not None and wanted < had):

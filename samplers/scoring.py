@@ -17,6 +17,7 @@ OnError = Literal["fail", "raise"]
 # An item cannot make these happen, a mistake in the program can: they always end the run.
 _PROGRAMMING = (TypeError, NameError, AttributeError, ImportError, NotImplementedError)
 _NOT_FINITE = "a decoded item that is not finite"
+_LOOK_SECONDS = 0.1  # between two looks at whether the run is to end
 _HELD = 64  # states that wait for their reward at most, where they are held
 
 
@@ -78,6 +79,10 @@ class WrongShapeError(ValueError):
 
 
 def _as_scores(value: Any, n: int, reward: Any) -> Tensor:
+    if value is None:
+        raise WrongShapeError(
+            f"reward {reward_name(reward)} returned None: return one number per item."
+        )
     if not isinstance(value, Tensor) and not hasattr(value, "__iter__"):
         value = torch.as_tensor(value)  # a bare number: the shape is what is wrong
     if not isinstance(value, Tensor):
@@ -135,9 +140,19 @@ class Scorer:
         if held:
             wait_for([job for _, job in self._jobs])
 
-    def finished(self, wait: bool) -> list[tuple[Any, Scores]]:
-        """Answers in the order of submission; waits for the first one if asked to."""
+    def finished(
+        self, wait: bool, until: Callable[[], bool] = lambda: False
+    ) -> list[tuple[Any, Scores]]:
+        """Answers in the order of submission; waits for the first one if asked to, `until` the run
+        is to end: then no other call may begin."""
         answers = []
+        while wait and self._jobs and not self._jobs[0][1].done():
+            wait_for([self._jobs[0][1]], timeout=_LOOK_SECONDS)
+            if until():
+                for _, job in self._jobs[1:]:
+                    job.cancel()
+                break
+        wait = wait and not until()
         while self._jobs and (self._jobs[0][1].done() or (wait and not answers)):
             tag, job = self._jobs.pop(0)
             if not job.cancelled():

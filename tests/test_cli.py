@@ -234,8 +234,12 @@ def test_a_mistake_gets_one_line(own, capsys, arguments, names):
     assert not Path("runs").exists()
 
 
-def test_a_reward_that_needs_a_prompt_says_so(own, capsys):
-    assert "the prompt None" in fails(capsys, *SMALL, "--reward", "clip")
+def test_a_reward_that_cannot_be_loaded_is_told_before_a_pipeline_is(own, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (own / "empty").mkdir()
+    words = ["sample", "--model", "./no/folder", "--reward", "clip:./empty", "--nfe", "9"]
+    assert "cannot be loaded from ./empty" in fails(capsys, *words)
+    assert "no module 'clipscore' here" in fails(capsys, *SMALL, "--reward", "clipscore:x")
 
 
 def test_a_pipeline_folder_is_steered_in_silence(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 import samplers
 from samplers.cli.model import add_model, build_model, check_device
 from samplers.cli.words import parse_reward, parse_sampler, sampler_help
+from steering.rewards.compose import Composable
 
 
 def add(commands: Any) -> None:
@@ -107,6 +108,9 @@ def _sample(given: argparse.Namespace) -> int:
     also = [parse_reward(text, given.device) for text in given.also]
     if given.nfe is None and given.reward_calls is None and given.seconds is None:
         raise ValueError("no budget: give --nfe, --reward-calls or --seconds.")
+    for each in (reward, *also):
+        if isinstance(each, Composable):
+            each.load()  # before the pipeline, which takes longer
     model = build_model(given)
     if not given.quiet:
         print(model)

@@ -104,7 +104,15 @@ def _one_reward(text: str, device: str) -> Any:
             f"no reward {text!r}: give classifier:CLASSES, pair:CLASSES, jpeg[:QUALITY], "
             f"{', '.join(_LEARNED)}, judge:MODULE:FUNCTION or MODULE:FUNCTION of your own."
         )
-    return own_function(name, rest)
+    try:
+        return own_function(name, rest)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            raise
+        raise ValueError(
+            f"there is no module {name!r} here, and no reward of this name: there are classifier, "
+            f"pair, jpeg, {', '.join(_LEARNED)} and judge."
+        ) from error
 
 
 def sampler_help() -> str:

@@ -17,6 +17,7 @@ from steering.pipelines.opening import CannotDriveError, Grid, Opening
 from steering.pipelines.oracle import Oracle
 from steering.pipelines.request import Request
 from steering.pipelines.schedulers import check_scheduler, read_grid
+from steering.pipelines.visit import Step
 
 
 def build(pipe: Any, request: Request) -> Model:
@@ -65,6 +66,11 @@ def _opened(oracle: Oracle, request: Request) -> Model:
     every = bool(request.call or oracle.guiders)
     steps = range(T) if every else sorted({k * (T - 1) // 4 for k in range(5)})
     alone = opening.alone(list(steps))
+    if request.guidance_scale is not None and not _heeds_its_scale(opening, alone[0]):
+        raise CannotDriveError(
+            "guidance_scale is given, but makes no difference to what its network says (some take "
+            "another argument, as in call={'true_cfg_scale': 4.0}): leave it out"
+        )
     batches = opening.batches([0, 0])
     if not batches:  # some want an image of its own for every state
         oracle.inputs.repeats = True
@@ -93,6 +99,17 @@ def _opened(oracle: Oracle, request: Request) -> Model:
         about=_about(oracle, denoiser, decoder),
         offloaded=any(hasattr(part, "_hf_hook") for part in oracle.pipe.components.values()),
     )
+
+
+def _heeds_its_scale(opening: Opening, said: Step) -> bool:
+    """Does another guidance scale, which is above 1, change what the pipeline says?"""
+    oracle, own = opening.oracle, opening.oracle.inputs
+    assert own.scales is not None
+    oracle.inputs = replace(own, scales=tuple(scale + 3 for scale in own.scales))
+    try:
+        return not torch.equal(opening.alone([0])[0].output, said.output)
+    finally:
+        oracle.inputs = own
 
 
 def _mates(oracle: Oracle, look: list[Any]) -> list[list[int]]:

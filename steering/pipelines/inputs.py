@@ -63,7 +63,7 @@ class Inputs:
         for argument in request.call or {}:
             if argument in _OURS:
                 raise ValueError(f"call has {argument!r}: give {_OURS[argument]}= instead.")
-            if argument in _TAKEN:
+            if argument in _TAKEN or "embeds" in argument:
                 raise ValueError(f"call has {argument!r}, which is set by the run: leave it out.")
             if argument not in takes:
                 raise ValueError(

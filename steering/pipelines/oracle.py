@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from steering.pipelines.conditional import evaluating
 from steering.pipelines.encodings import Encodings
+from steering.pipelines.inputs import Inputs
 from steering.pipelines.request import networks
 from steering.pipelines.stand_ins import counted, remembering
 from steering.pipelines.turns import enumerate_turns
@@ -56,10 +58,10 @@ class Oracle:
 
     Args:
         pipe: a pipeline that steps one scheduler in one loop.
-        inputs: conditions [N] int -> arguments of `pipe.__call__`, but for the states.
+        inputs: arguments of its call, but for the states.
     """
 
-    def __init__(self, pipe: Any, inputs: Callable[[Sequence[int]], Mapping[str, Any]]) -> None:
+    def __init__(self, pipe: Any, inputs: Inputs) -> None:
         self.pipe, self.inputs = pipe, inputs
         self.injected = "latents" not in inspect.signature(type(pipe).__call__).parameters
         self.scheduler = copy.deepcopy(pipe.scheduler)
@@ -132,7 +134,10 @@ class Oracle:
         self._run(visit, rows, x)
         step = visit.seen[0]
         if step.sample.shape != x.shape or not torch.equal(step.sample.detach(), x.detach()):
-            raise NotSeenError
+            raise NotSeenError(
+                "the pipeline's network saw another state than it was given: was the pipeline "
+                "used, moved or changed while a run went on?"
+            )
         return step
 
     def decode(self, x: Tensor, row: int, *, turns: bool, vae: Any = None) -> Any:
@@ -189,6 +194,8 @@ class Oracle:
         with _ALONE, aside, evaluating(*self._networks.values()):
             attributes = vars(self.pipe)
             found, undo = dict(attributes), []
+            talk = logging.getLogger("diffusers")
+            level = talk.level
             try:
                 for module in self._modules:
                     _shadow(module, undo, visit.noise, enumerate_turns)
@@ -198,6 +205,8 @@ class Oracle:
                 attributes.update(self._stand_ins)
                 attributes.update({n: copy.deepcopy(p) for n, p in self.guiders.items()})
                 attributes["scheduler"] = self.scheduler
+                if visit.at is not None or visit.tail is not None:
+                    talk.setLevel(logging.ERROR)  # what it has to say, it has said at opening
                 if visit.vae is not None:
                     attributes["vae"] = visit.vae
                 attributes["_progress_bar_config"] = {"disable": True}
@@ -212,6 +221,7 @@ class Oracle:
                 for restore in undo:
                     restore()
                 self._restore_attention()
+                talk.setLevel(level)
                 self.scheduler.visit = None
 
     def _attention(self) -> dict[str, dict[str, Any]]:

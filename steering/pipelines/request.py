@@ -244,7 +244,8 @@ def as_tuple(name: str, values: Sequence[Any] | None) -> tuple[Any, ...] | None:
     if values is None:
         return None
     if isinstance(values, str):
-        raise ValueError(f"{name}={values!r} is no list: give [{values!r}].")
+        each = ", one for each prompt" if name == "negative_prompts" else ""
+        raise ValueError(f"{name}={values!r} is no list: give [{values!r}]{each}.")
     if not isinstance(values, Sequence):
         raise ValueError(f"{name} is a {type(values).__name__}: give a list.")
     if len(values) == 0:

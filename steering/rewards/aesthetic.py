@@ -87,6 +87,10 @@ class Aesthetic(Composable):
             notes="does not read the prompt; revision is the head's",
         )
 
+    def load(self) -> None:
+        """Load the head and the network: now, instead of at the first call."""
+        _ = self.layers, self.tower
+
     @cached_property
     def tower(self) -> tuple[Pixels, Any, Any]:
         """What the vision network sees, the network, and its projection."""

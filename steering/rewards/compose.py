@@ -18,6 +18,17 @@ class Composable:
     """Gives a reward `+` and multiplication by a number, which make a `Sum`, and multiplication by
     another reward, which makes a `Product`."""
 
+    @property
+    def parts(self) -> Sequence[Any]:
+        """Rewards that this one is made of."""
+        return ()
+
+    def load(self) -> None:
+        """Load the networks that it needs: now, instead of at the first call."""
+        for part in self.parts:
+            if isinstance(part, Composable):
+                part.load()
+
     def __add__(self, other: Any) -> Sum:
         return Sum(_terms(self) + _terms(other)) if callable(other) else NotImplemented
 
@@ -47,6 +58,11 @@ class Sum(Composable):
     """
 
     terms: Sequence[tuple[float, Reward]]  # kept as a tuple
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """Rewards that this one is made of."""
+        return [reward for _, reward in self.terms]
 
     def __post_init__(self) -> None:
         terms = tuple(self.terms)
@@ -89,6 +105,11 @@ class Product(Composable):
 
     rewards: Sequence[Reward]  # kept as a tuple
 
+    @property
+    def parts(self) -> Sequence[Any]:
+        """Rewards that this one is made of."""
+        return self.rewards
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "rewards", _several(self.rewards))
 
@@ -120,6 +141,11 @@ class Minimum(Composable):
     """
 
     rewards: Sequence[Reward]  # kept as a tuple
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """Rewards that this one is made of."""
+        return self.rewards
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rewards", _several(self.rewards))
@@ -157,6 +183,11 @@ class Standardized(Composable):
     mean: float
     std: float
     count: int = 0
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """Rewards that this one is made of."""
+        return [self.reward]
 
     def __post_init__(self) -> None:
         if not callable(self.reward):

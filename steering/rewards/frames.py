@@ -34,6 +34,11 @@ class OverFrames(Composable):
     by: str = "mean"
     frames: int | None = None
 
+    @property
+    def parts(self) -> Sequence[Any]:
+        """Rewards that this one is made of."""
+        return [self.reward]
+
     def __post_init__(self) -> None:
         if not callable(self.reward):
             raise TypeError(f"reward={self.reward!r} is no reward: give (items, prompts) -> [N].")

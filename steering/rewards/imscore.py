@@ -118,6 +118,10 @@ class Imscore(Composable):
             notes="the package downloads its tokenizer, and for HPSv2.1 a CLIP ViT-H/14, besides",
         )
 
+    def load(self) -> None:
+        """Load the network: now, instead of at the first call."""
+        _ = self.net
+
     @cached_property
     def net(self) -> Any:
         """The network."""

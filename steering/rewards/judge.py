@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -17,6 +18,7 @@ from steering.rewards.compose import Composable
 from steering.rewards.pil import FromPil
 
 _LONGEST = 1000  # characters of an answer; a number needs fewer
+_SHOWN = 80  # characters of an answer in a warning
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,16 @@ class Judge(Composable):
                 f"{self.name} returned a {type(answers).__name__} for {len(images)} images: return "
                 "a list with one text per image."
             )
-        return [self._number(answer) for answer in answers]
+        numbers = [self._number(answer) for answer in answers]
+        wrong = [a for a, n in zip(answers, numbers, strict=True) if a is not None and n is None]
+        if wrong:
+            shown = wrong[0] if len(wrong[0]) < _SHOWN else f"{wrong[0][:_SHOWN]}..."
+            warnings.warn(
+                f"{self.name} answered {shown!r}, which is no reward: only a number or "
+                '{"score": number} is. Such items fail.',
+                stacklevel=2,
+            )
+        return numbers
 
     def _number(self, answer: Any) -> float | None:
         if answer is None:

@@ -37,6 +37,10 @@ class TwoTowers(Composable):
         with loading(name_of(self), self.model):
             return Towers.load(self.model, self.revision, self.device, self.dtype)
 
+    def load(self) -> None:
+        """Load the network: now, instead of at the first call."""
+        _ = self.towers
+
     def scale(self) -> float | Tensor:
         """What cosines are multiplied by."""
         raise NotImplementedError
