@@ -564,3 +564,18 @@ def test_guidance_with_momentum_is_refused_wherever_it_begins(steps):
     with pytest.raises(CannotDriveError, match="depends on earlier steps"):
         driven(tiny, pipe, steps=steps)
     assert vars(pipe.guider) == before
+
+
+def test_an_opening_that_runs_out_of_memory_asks_less_at_once(monkeypatch):
+    tiny = BY_NAME["StableDiffusionPipeline"]
+    pipe = tiny.build()
+    forward = pipe.unet.forward
+
+    def small(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(x) > 4:  # two states, guided
+            raise torch.OutOfMemoryError
+        return forward(x, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.unet, "forward", small)
+    model = driven(tiny, pipe, prompts=["a", "b", "c"])
+    assert model.denoiser.fills

@@ -74,7 +74,7 @@ def _opened(oracle: Oracle, request: Request) -> Model:
     batches = opening.batches([0, 0])
     if not batches:  # some want an image of its own for every state
         oracle.inputs.repeats = True
-        batches = opening.batches([0, 0])
+        oracle.inputs.repeats = batches = opening.batches([0, 0])
     if batches and not all(opening.batches(group) for group in _mates(oracle, look)):
         look = list(conditions)  # no two conditions in one call
     scales = [oracle.inputs.scale(r) for r in conditions]

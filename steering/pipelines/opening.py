@@ -15,7 +15,6 @@ from steering.pipelines.oracle import NotSeenError, Oracle
 from steering.pipelines.schedulers import EXPLODING
 from steering.pipelines.visit import At, Step
 
-_AT_ONCE = 8  # states in a call of the tests
 _REMEMBERS = (
     "a step of its own, asked for again, came out different: what its network says depends on "
     "earlier steps"
@@ -164,25 +163,35 @@ class Opening:
         at, x = self.grid.at([0]), self.x[torch.arange(len(rows)) % len(self.x)]
         try:
             together = self.oracle.query(x, rows, at)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return len(rows) > 2 and all(self.batches([rows[0], row]) for row in rows[1:])
         except Exception:  # whatever a pipeline says of a batch that it cannot take
             return False
         apart = [self.oracle.query(x[k : k + 1], [r], at) for k, r in enumerate(rows)]
         return self._same(together, apart)
 
-    def mixes(self, alone: dict[int, Step]) -> bool:
+    def mixes(self, alone: dict[int, Step], at_once: int = 8) -> bool:
         """Do states at different steps come out of one call as they do alone?
 
         What holds at some steps goes by the loop's index, which is that of a call's first state. So
         every call here spans the whole grid: no interval has all of a call's steps on one side.
+
+        Args:
+            alone: what is said at each of these steps.
+            at_once: states in a call; fewer where memory does not hold them.
         """
         steps = list(alone)
         if len(steps) == 1:
             return False
-        calls = -(-len(steps) // _AT_ONCE)
+        calls = -(-len(steps) // at_once)
         for part in (steps[k::calls] for k in range(calls)):
             x = self.x[:1].expand(len(part), *self.x.shape[1:]).clone()
             try:
                 mixed = self.oracle.query(x, [0] * len(part), self.grid.at(part))
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                return at_once > 2 and self.mixes(alone, at_once // 2)
             except Exception:  # a time that is no scalar, where only a scalar will do
                 return False
             if not self._same(mixed, [alone[i] for i in part]):
