@@ -579,3 +579,11 @@ def test_an_opening_that_runs_out_of_memory_asks_less_at_once(monkeypatch):
     monkeypatch.setattr(pipe.unet, "forward", small)
     model = driven(tiny, pipe, prompts=["a", "b", "c"])
     assert model.denoiser.fills
+
+
+@pytest.mark.parametrize("route", ["native", "driven"])
+def test_a_scale_that_is_not_heeded_is_refused_unless_it_asks_for_nothing(route):
+    pipe = flux(guidance=False)
+    assert from_pipeline(pipe, ["a fox"], steps=2, guidance_scale=0.0, route=route).about
+    with pytest.raises(ValueError, match="guidance_scale is given"):
+        from_pipeline(pipe, ["a fox"], steps=2, guidance_scale=3.5, route=route)

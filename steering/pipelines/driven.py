@@ -66,7 +66,8 @@ def _opened(oracle: Oracle, request: Request) -> Model:
     every = bool(request.call or oracle.guiders)
     steps = range(T) if every else sorted({k * (T - 1) // 4 for k in range(5)})
     alone = opening.alone(list(steps))
-    if request.guidance_scale is not None and not _heeds_its_scale(opening, alone[0]):
+    guided = any((oracle.inputs.scale(r) or 0.0) > 1 for r in conditions)
+    if guided and not _heeds_its_scale(opening, alone[0]):
         raise CannotDriveError(
             "guidance_scale is given, but makes no difference to what its network says (some take "
             "another argument, as in call={'true_cfg_scale': 4.0}): leave it out"

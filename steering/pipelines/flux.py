@@ -81,7 +81,8 @@ def _refuse(pipe: Any, request: Request) -> None:
     request.refuse(
         *("negative_prompts", "cfg"), because="guidance is distilled into this model: one row"
     )
-    if not config.guidance_embeds:
+    # as 0, which many write with these models, it asks for nothing
+    if not config.guidance_embeds and (request.scales(0.0) > 1).any():
         request.refuse("guidance_scale", because="this model was distilled for one scale")
 
 
