@@ -190,3 +190,20 @@ def test_a_guidance_bends_both_routes_alike():
     plain = sample(from_pipeline(pipe, PROMPTS, steps=4), red, BestOfN(6), progress=False)
     assert (plain.rewards - runs[0].rewards).abs().max() > 1e-3
     assert torch.equal(runs[0].spent.rows, runs[1].spent.rows)
+
+
+def test_offload_hooks_are_left_as_they_are():
+    tiny = BY_NAME["FluxPipeline"]
+    pipe = tiny.build()
+    pipe.enable_model_cpu_offload(device="cpu")
+    hooks = [id(hook) for hook in pipe._all_hooks]
+    kept = {name: part._hf_hook for name, part in pipe.components.items() if name != "scheduler"
+            and hasattr(part, "_hf_hook")}  # fmt: skip
+    model = driven(tiny, pipe)
+    assert model.offloaded
+    sample(model, red, BestOfN(3), progress=False)
+    assert [id(hook) for hook in pipe._all_hooks] == hooks
+    assert all(getattr(pipe, name)._hf_hook is hook for name, hook in kept.items())
+    assert len(kept) == 4
+    call = {**tiny.call, "num_inference_steps": 2, "output_type": "pt"}
+    assert pipe("a fox", **call).images.isfinite().all()

@@ -210,6 +210,8 @@ class Oracle:
                 if visit.vae is not None:
                     attributes["vae"] = visit.vae
                 attributes["_progress_bar_config"] = {"disable": True}
+                # which after every image would take all networks off the device and hook them anew
+                attributes["maybe_free_model_hooks"] = lambda: None
                 if hasattr(self.pipe, "encode_prompt"):
                     encode = self.pipe.encode_prompt
                     attributes["encode_prompt"] = self._encodings.of(encode, rows)
