@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from steering.rewards import Jpeg, OverFrames, Product, Standardized, Sum, from_pil
+from steering.rewards import Jpeg, Minimum, OverFrames, Product, Standardized, Sum, from_pil
 
 
 def images(n=5, channels=3, size=8, seed=0):
@@ -145,3 +145,16 @@ def test_the_cards_of_a_users_function_say_so():
     assert card.source == "a function of the user's"
     assert card.memory is None
     assert Jpeg().card.memory == 0
+
+
+def test_loading_reaches_every_part():
+    loaded = []
+
+    class Learned(Jpeg):
+        def load(self):
+            loaded.append(self.quality)
+
+    a, b, c, d = (Learned(quality=q) for q in (10, 20, 30, 40))
+    whole = 0.5 * (a * b) + Standardized(OverFrames(Minimum([c, bright])), 0.0, 1.0) + d + bright
+    whole.load()
+    assert sorted(loaded) == [10, 20, 30, 40]

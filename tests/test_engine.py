@@ -592,6 +592,32 @@ def test_what_is_scored_when_the_clock_runs_out_is_kept():
     assert run.distinct == int(run.spent.reward_calls) > 0
 
 
+@pytest.mark.parametrize("end", ["clock", "ctrl-c"])
+def test_no_other_reward_call_begins_once_a_run_is_to_end(end):
+    began: list[float] = []
+
+    def slow(items, prompts):
+        began.append(time.monotonic())
+        time.sleep(1)
+        return items[:, 0]
+
+    presser = threading.Timer(0.4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    if end == "ctrl-c":
+        presser.start()
+    limit = 0.4 if end == "clock" else None
+    # eight walks arrive at a time, so a second call waits when the first one begins
+    run = sample(brownian(), slow, BestOfN(500), seconds=limit, batch=8, **QUIET)
+    presser.cancel()
+    assert run.status == ("seconds" if end == "clock" else "interrupted")
+    assert len(began) == 1
+    assert run.distinct == 8
+
+
+def test_a_reward_that_returns_nothing_is_a_mistake_and_no_failed_item():
+    with pytest.raises(ValueError, match="returned None"):
+        sample(brownian(), lambda items, prompts: None, BestOfN(5), **QUIET)
+
+
 def test_an_item_whose_decoding_raises_has_failed_alone():
     def fragile(x):
         if (x > 1.5).any():

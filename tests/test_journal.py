@@ -1,5 +1,6 @@
 """The record on disk: what was acknowledged is read back, damage is named, a torn end is cut."""
 
+import dataclasses
 import json
 import math
 import random
@@ -310,3 +311,17 @@ def test_a_record_of_another_model_is_refused(tmp_path):
         load(tmp_path / "run", brownian(), lambda items, prompts: items[:, 1])
     with pytest.raises(FileExistsError, match="another folder"):
         sample(brownian(), first, BestOfN(), nfe=300, progress=False).save(tmp_path / "run")
+
+
+@pytest.mark.parametrize("sampler", [TreeSearch(), TreeSampling(branch="even"), SMC()])
+def test_a_saved_run_goes_on_when_it_is_asked_for_again(tmp_path, sampler):
+    """What a sampler left to its budget is filled in in a saved record, and is no other sampler."""
+    options = {"seed": 1, "progress": False}
+    sample(brownian(), first, sampler, nfe=400, **options).save(tmp_path / "run")
+    longer = sample(brownian(), first, sampler, nfe=800, record=tmp_path / "run", **options)
+    assert longer.spent.replayed == 400
+    assert 400 < longer.nfe <= 800
+    other = dataclasses.replace(sampler, **{"parallel": 3} if "SMC" not in repr(sampler) else
+                                {"particles": 3})  # fmt: skip
+    with pytest.raises(ValueError, match="another run: its sampler"):
+        sample(brownian(), first, other, nfe=900, record=tmp_path / "run", **options)

@@ -114,3 +114,8 @@ def test_the_wrong_number_of_answers_is_refused():
 def test_a_range_that_is_none_is_refused(options):
     with pytest.raises(ValueError, match="low="):
         Judge(lambda images, prompts: [], **options)
+
+
+def test_an_answer_that_is_no_reward_is_shown():
+    with pytest.warns(UserWarning, match=r"judge answered 'I think 7/10', which is no reward"):
+        assert math.isnan(score("I think 7/10"))
