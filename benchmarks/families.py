@@ -257,7 +257,8 @@ def as_table(found: list[Found]) -> str:
     ]
     for one in found:
         if one.refused:
-            lines.append(f"| {one.name} | refused | {one.refused} | | | | | | |")
+            reason = one.refused.partition(": use one of")[0]
+            lines.append(f"| {one.name} | refused | {reason} | | | | | | |")
             continue
         where = "noise" if one.injected else "`latents=`"
         equal = "all steps, decoding" if not one.differ else f"not {', '.join(one.differ)}"
