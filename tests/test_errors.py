@@ -184,6 +184,7 @@ PARTS = {
     "pick-dtype-whole": (lambda: PickScore(dtype=torch.int8), "dtype"),
     "aesthetic-head": (lambda: Aesthetic(head="head.pth"), "head"),
     "aesthetic-head-missing": (lambda: Aesthetic(head="./head.safetensors"), "head"),
+    "offload": (lambda: ClipScore(offload="yes"), "offload"),
     "imscore": (lambda: Imscore("hps"), "scorer"),
     "imscore-model": (lambda: Imscore("hpsv2.1", "/no/such/folder"), "model"),
     "from-pil": (lambda: from_pil(3), "from_pil"),

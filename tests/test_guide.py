@@ -131,8 +131,8 @@ def test_a_recipe_runs(text, folder, monkeypatch):
     )
     parse = command.parse_reward
 
-    def rewards(words, device):  # the learned ones' weights are the hub's
-        return brightness if words in ("imagereward", "clip") else parse(words, device)
+    def rewards(words, device, offload):  # the learned ones' weights are the hub's
+        return brightness if words in ("imagereward", "clip") else parse(words, device, offload)
 
     monkeypatch.setattr(command, "parse_reward", rewards)
     assert cli.main([*words, "--device", "cpu", "--quiet"]) == 0

@@ -1,5 +1,6 @@
 """Learned rewards keep the contract on tiny random networks, and are what their models define."""
 
+import dataclasses
 import math
 import sys
 
@@ -349,3 +350,20 @@ def test_a_learned_reward_steers(folder):
 
 def pixels(image):
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_an_offloaded_network_is_on_its_device_for_a_call_alone(tiny, name, monkeypatch):
+    reward = dataclasses.replace(tiny[name], offload=True)
+    plain, moved = tiny[name](images(2), PROMPTS[:2]), []
+    reward.load()
+    to = torch.nn.Module.to
+
+    def noted(module, place, *more):
+        moved.append(str(place))
+        return to(module, place, *more)
+
+    monkeypatch.setattr(torch.nn.Module, "to", noted)
+    torch.testing.assert_close(reward(images(2), PROMPTS[:2]), plain, rtol=1e-6, atol=1e-4)
+    networks = 2 if name == "Aesthetic" else 1
+    assert moved == ["cpu"] * 2 * networks  # there, and back

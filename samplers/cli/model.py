@@ -65,7 +65,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--offload",
         action="store_true",
-        help="networks wait in host memory and move to the device in turn",
+        help="networks, also those of rewards, wait in host memory and move to the device in turn",
     )
     group.add_argument("--lora", metavar="NAME", help="folder, file or hub id of a LoRA to load")
     group.add_argument(

@@ -104,8 +104,8 @@ def add(commands: Any) -> None:
 def _sample(given: argparse.Namespace) -> int:
     check_device(given)
     sampler = parse_sampler(given.sampler)
-    reward = parse_reward(given.reward, given.device)
-    also = [parse_reward(text, given.device) for text in given.also]
+    reward = parse_reward(given.reward, given.device, given.offload)
+    also = [parse_reward(text, given.device, given.offload) for text in given.also]
     if given.nfe is None and given.reward_calls is None and given.seconds is None:
         raise ValueError("no budget: give --nfe, --reward-calls or --seconds.")
     for each in (reward, *also):

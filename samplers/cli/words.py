@@ -67,20 +67,22 @@ def sampler_words(sampler: Any) -> list[str]:
     return [name, *(f"{f.name}={_shown(getattr(sampler, f.name))}" for f in fields)]
 
 
-def parse_reward(text: str, device: str) -> Any:
+def parse_reward(text: str, device: str, offload: bool = False) -> Any:
     """`classifier:4,9`, `pair:4,9`, `jpeg`, a learned reward by its name, `judge:module:function`,
     `module:function`, or a sum `0.7*A + 0.3*B` of them."""
     terms = []
     for part in text.split("+"):
         weight, star, name = part.strip().rpartition("*")
         try:
-            terms.append((float(weight) if star else 1.0, _one_reward(name.strip(), device)))
+            terms.append(
+                (float(weight) if star else 1.0, _one_reward(name.strip(), device, offload))
+            )
         except ValueError as error:
             raise ValueError(f"--reward {text}: {error}") from error
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else rewards.Sum(tuple(terms))
 
 
-def _one_reward(text: str, device: str) -> Any:
+def _one_reward(text: str, device: str, offload: bool) -> Any:
     name, _, rest = text.partition(":")
     if name in ("classifier", "pair"):
         classes = [int(c) for c in rest.split(",") if c.strip()]
@@ -95,7 +97,7 @@ def _one_reward(text: str, device: str) -> Any:
     if name == "jpeg":
         return rewards.Jpeg(int(rest)) if rest else rewards.Jpeg()
     if name in _LEARNED:
-        return _LEARNED[name](**{"model": rest} if rest else {}, device=device)
+        return _LEARNED[name](**{"model": rest} if rest else {}, device=device, offload=offload)
     if name == "judge" and rest:
         module, _, function = rest.partition(":")
         return rewards.Judge(own_function(module, function), name=f"judge {function}")

@@ -41,6 +41,8 @@ class Aesthetic(Composable):
         revision, head_revision: commits; those of the defaults are pinned, others are the newest.
         device, dtype: of the network, loaded at the first call.
         batch: images at a time.
+        offload: weights wait in host memory and move to `device` for each call: for a card that
+            a pipeline fills.
 
     Raises:
         TypeError, ValueError: an argument cannot be; on a call, the head does not fit, or items
@@ -54,6 +56,7 @@ class Aesthetic(Composable):
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
     batch: int = 16
+    offload: bool = False
     differentiable: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +67,7 @@ class Aesthetic(Composable):
                 f"port, as in {_HEAD}."
             )
         check_source("head", self.head)
-        check_network(self.batch, self.device, self.dtype)
+        check_network(self.batch, self.device, self.dtype, self.offload)
 
     @property
     def name(self) -> str:
@@ -103,7 +106,8 @@ class Aesthetic(Composable):
             )
             pixels = Pixels.load(self.model, revision)
         parts = (clip.vision_model, clip.visual_projection)  # the text tower is let go
-        vision, projection = (frozen(part, self.device, self.dtype) for part in parts)
+        home = "cpu" if self.offload else self.device
+        vision, projection = (frozen(part, home, self.dtype) for part in parts)
         return pixels, vision, projection
 
     @cached_property
@@ -122,7 +126,16 @@ class Aesthetic(Composable):
 
     def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
         device = torch.device(self.device)
-        return in_batches(self.name, self._score, items, prompts, self.batch, device, texts=False)
+        return in_batches(
+            self.name,
+            self._score,
+            items,
+            prompts,
+            self.batch,
+            device,
+            texts=False,
+            visitors=self.tower[1:] if self.offload else (),
+        )
 
     def _score(self, images: Tensor, prompts: list[Any]) -> Tensor:
         pixels, vision, projection = self.tower

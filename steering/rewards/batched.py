@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def in_batches(
@@ -17,6 +17,7 @@ def in_batches(
     batch: int,
     device: torch.device,
     texts: bool = True,
+    visitors: Sequence[nn.Module] = (),
 ) -> Tensor:
     """[N] float32 on the items' device, nan for an item with a pixel that is not finite.
 
@@ -28,6 +29,7 @@ def in_batches(
         batch: images at a time: what bounds memory.
         device: the network's.
         texts: must prompts be texts?
+        visitors: networks that wait in host memory, and are on `device` only now.
 
     Raises:
         TypeError: items are no images, prompts no texts, or their numbers differ.
@@ -48,16 +50,26 @@ def in_batches(
     whole = items.detach().flatten(1).isfinite().all(1)
     # zeros instead, and no gradient: a network may make a number of broken pixels
     shown = items.where(whole[:, None, None, None], 0).to(device)
-    parts = [
-        score(shown[k : k + batch], list(prompts[k : k + batch])).float()
-        for k in range(0, len(items), batch)
-    ]
+    try:
+        for network in visitors:
+            network.to(device)
+        parts = [
+            score(shown[k : k + batch], list(prompts[k : k + batch])).float()
+            for k in range(0, len(items), batch)
+        ]
+    finally:
+        for network in visitors:
+            network.to("cpu")
     scores = torch.cat(parts).to(items.device) if parts else items.new_zeros(0).float()
     return scores.where(whole, torch.nan)
 
 
-def check_network(batch: Any, device: Any, dtype: Any = torch.float32) -> None:
+def check_network(
+    batch: Any, device: Any, dtype: Any = torch.float32, offload: Any = False
+) -> None:
     """Refuse what no network can run with, by the argument's name."""
+    if not isinstance(offload, bool):
+        raise TypeError(f"offload={offload!r}: give True or False.")
     if type(batch) is not int or batch < 1:
         raise ValueError(f"batch={batch!r}: give a whole number >= 1, the images at a time.")
     try:

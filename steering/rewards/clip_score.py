@@ -23,6 +23,8 @@ class ClipScore(TwoTowers):
         revision: its commit; the default model's is pinned, another's is the newest one.
         device, dtype: of the network, loaded at the first call.
         batch: images at a time.
+        offload: weights wait in host memory and move to `device` for each call: for a card that
+            a pipeline fills.
 
     Raises:
         TypeError, ValueError: an argument cannot be; on a call, items are no images [N, C, H, W]

@@ -72,6 +72,8 @@ class Imscore(Composable):
         revision: commit of the weights; None is the newest one.
         device: of the network, float32, loaded at the first call.
         batch: images at a time.
+        offload: weights wait in host memory and move to `device` for each call: for a card that
+            a pipeline fills.
 
     Raises:
         TypeError, ValueError: an argument cannot be; on a call, items are no images [N, C, H, W]
@@ -84,6 +86,7 @@ class Imscore(Composable):
     revision: str | None = None
     device: str | torch.device = "cpu"
     batch: int = 16
+    offload: bool = False
     differentiable: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +94,7 @@ class Imscore(Composable):
             raise ValueError(f"scorer={self.scorer!r}: give one of {', '.join(_KNOWN)}.")
         if self.model is not None:
             check_source("model", self.model)
-        check_network(self.batch, self.device)
+        check_network(self.batch, self.device, offload=self.offload)
         if find_spec("imscore") is None:  # told here, not after the first walk
             raise ImportError(
                 f"{self.name} needs imscore: pip install 'diffusion-steering[imscore]'."
@@ -135,11 +138,14 @@ class Imscore(Composable):
             # asked for first, because imscore would take a pickle file where this one is missing
             cached_file(source, "model.safetensors", revision=revision)
             net = kind.from_pretrained(source, revision=revision)
-        return frozen(net, self.device, torch.float32)
+        return frozen(net, "cpu" if self.offload else self.device, torch.float32)
 
     def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
         device = torch.device(self.device)
-        return in_batches(self.name, self._score, items, prompts, self.batch, device)
+        visitors = [self.net] if self.offload else []
+        return in_batches(
+            self.name, self._score, items, prompts, self.batch, device, visitors=visitors
+        )
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         colour = images.float().expand(-1, 3, -1, -1)

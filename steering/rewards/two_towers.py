@@ -25,17 +25,19 @@ class TwoTowers(Composable):
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
     batch: int = 16
+    offload: bool = False
     differentiable: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         check_source("model", self.model)
-        check_network(self.batch, self.device, self.dtype)
+        check_network(self.batch, self.device, self.dtype, self.offload)
 
     @cached_property
     def towers(self) -> Towers:
         """The network, loaded when it is first wanted."""
         with loading(name_of(self), self.model):
-            return Towers.load(self.model, self.revision, self.device, self.dtype)
+            home = "cpu" if self.offload else self.device
+            return Towers.load(self.model, self.revision, home, self.dtype)
 
     def load(self) -> None:
         """Load the network: now, instead of at the first call."""
@@ -50,4 +52,7 @@ class TwoTowers(Composable):
             return self.scale() * self.towers.cosine(images, texts)
 
         device = torch.device(self.device)
-        return in_batches(name_of(self), score, items, prompts, self.batch, device)
+        visitors = [self.towers.net] if self.offload else []
+        return in_batches(
+            name_of(self), score, items, prompts, self.batch, device, visitors=visitors
+        )
