@@ -75,6 +75,7 @@ class Engine:
         self.history = History()
         self.entry: dict[int, int] = {}  # handle of the running sampler -> entry of the record
         self.journal = journal
+        self.asked: Any = None  # the Spec that the run began with, where it began here
         self._known = self.record.index()
         self._unsaved: list[Walk] = []
         self._saved_at = time.monotonic()

@@ -122,6 +122,7 @@ def sample(
         if aim is not None:
             sampler.init(engine.plan(1.0, seed, budget))  # refuses what it must before the pilot
             spec = find_lam(engine, spec, progress)
+        engine.asked = spec
         if record is not None:
             book = partial(journal.Journal, record, header(model, reward, guidance, spec))
     return _run(engine, spec, draws, tuple(also), progress, book=book)
@@ -200,6 +201,7 @@ def more(result: Result, *, nfe, reward_calls, seconds, progress) -> Result:
         engine.clean,
         engine.journal,
     )
+    grown.asked = engine.asked
     if engine.journal is not None:
         engine.journal.note({"spec": encode(spec)})
     before = len(engine.record.walks)
@@ -220,12 +222,14 @@ def save(result: Result, folder: str | Path) -> None:
         return  # it is there: the run was kept as it went
     if journal.exists(folder):
         raise FileExistsError(f"{folder} holds a record already: give another folder.")
-    first_line = header(engine.model, engine.reward, engine.guidance, result._spec)
+    # as it was asked for, so that it can be asked for again; then as it became
+    asked = engine.asked or result._spec
+    first_line = header(engine.model, engine.reward, engine.guidance, asked)
     book = journal.Journal(folder, first_line)
     walks = engine.record.walks
     for part in range(0, len(walks), _SAVED_AT_ONCE):
         book.walks(walks[part : part + _SAVED_AT_ONCE], engine.store, engine.clean)
-    book.note(_end(engine, result.status))
+    book.note({**_end(engine, result.status), "spec": encode(result._spec)})
     engine.journal = engine.journal or book
 
 
@@ -287,7 +291,7 @@ def _continued(folder: Any, saved: journal.Saved, asked: Spec, engine: Engine) -
     began = decode(saved.header["spec"]["budget"], None)
     limits = ("nfe", "reward_calls")
     if all(getattr(asked.budget, name) == getattr(began, name) for name in limits):
-        return dataclasses.replace(kept, budget=asked.budget)
+        return dataclasses.replace(kept, sampler=asked.sampler, budget=asked.budget)
     for name in limits:
         had, wanted = getattr(kept.budget, name), getattr(asked.budget, name)
         if (had is None) != (wanted is None) or (had is not None and wanted < had):

@@ -103,17 +103,8 @@ def check_same_run(folder: Any, kept: dict[str, Any], asked: dict[str, Any]) -> 
     check_same_model(folder, kept, asked)
     drop = ("budget", "lam_walks", "lam_rows", *(("lam",) if asked["spec"]["aim"] else ()))
     for name, value in asked["spec"].items():
-        if name == "sampler" and _settled_as(kept["spec"][name], value):
-            continue
         if name not in drop and kept["spec"][name] != value:
             raise ValueError(_other(folder, name, kept["spec"][name], value))
-
-
-def _settled_as(kept: Any, asked: Any) -> bool:
-    """Is a sampler in a record the one asked for, with what that leaves to the budget filled in?"""
-    if not (isinstance(kept, dict) and isinstance(asked, dict) and kept.keys() == asked.keys()):
-        return False
-    return all(value is None or kept[name] == value for name, value in asked.items())
 
 
 def _other(folder: Any, name: str, kept: Any, asked: Any) -> str:

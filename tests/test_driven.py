@@ -587,3 +587,72 @@ def test_a_scale_that_is_not_heeded_is_refused_unless_it_asks_for_nothing(route)
     assert from_pipeline(pipe, ["a fox"], steps=2, guidance_scale=0.0, route=route).about
     with pytest.raises(ValueError, match="guidance_scale is given"):
         from_pipeline(pipe, ["a fox"], steps=2, guidance_scale=3.5, route=route)
+
+
+def test_a_gate_of_guided_conditions_is_found_behind_one_that_is_not():
+    tiny = BY_NAME["Lumina2Pipeline"]
+    call = {"max_sequence_length": tiny.call["max_sequence_length"], "cfg_trunc_ratio": 0.5}
+    for scales in ([1.0, 4.0], [4.0, 1.0]):
+        model = driven(tiny, steps=8, call=call, guidance_scale=scales)
+        assert not model.denoiser.mixes
+        x, _, t, row = starts(model, 8)
+        with torch.no_grad():
+            model.denoiser(x, t, row)  # what it takes is what was planned
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_levels_whole(dtype):
+    pipe = BY_NAME["StableDiffusionXLPipeline"].build().to(dtype)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, use_karras_sigmas=True, sigma_max=700.0
+    )
+    model = driven(BY_NAME["StableDiffusionXLPipeline"], pipe, steps=16)
+    assert model.denoiser.mixes
+
+
+def test_what_an_opening_that_fails_has_put_in_is_taken_out():
+    from diffusers import SkipLayerGuidance
+
+    pag, hunyuan = BY_NAME["StableDiffusionPAGPipeline"], BY_NAME["HunyuanImagePipeline"]
+    first, second = pag.build(), hunyuan.build()
+    second.guider = SkipLayerGuidance(
+        skip_layer_config=diffusers.LayerSkipConfig(indices=[0], fqn="transformer_blocks"),
+        skip_layer_guidance_start=0.0,
+        skip_layer_guidance_stop=1.0,
+    )
+    attention = dict(first.unet.attn_processors)
+    for tiny, pipe, network in ((pag, first, first.unet), (hunyuan, second, second.transformer)):
+        forward, calls = network.forward, []
+
+        def short(*args: Any, forward: Any = forward, calls: list = calls, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) > 1:
+                raise torch.OutOfMemoryError
+            return forward(*args, **kwargs)
+
+        network.forward = short
+        with pytest.raises((CannotDriveError, torch.OutOfMemoryError)):
+            driven(tiny, pipe)
+        network.forward = forward
+    assert first.unet.attn_processors == attention
+    hooks = [m._diffusers_hook.hooks for m in second.transformer.modules()
+             if hasattr(m, "_diffusers_hook")]  # fmt: skip
+    assert not any(hooks)
+    driven(hunyuan, second)
+
+
+def test_a_model_moved_or_tiled_keeps_its_name_in_records(tmp_path):
+    import shutil
+
+    pipe = stable_diffusion()
+    pipe.save_pretrained(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    loaded = [
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path / name, safety_checker=None)
+        for name in ("a", "b")
+    ]
+    loaded[1].vae.enable_tiling()
+    names = [from_pipeline(each, ["a fox"], steps=4).name for each in loaded]
+    assert names[0] == names[1]
+    loaded[1].vae.register_to_config(latents_mean=[0.0, 1.0])
+    assert from_pipeline(loaded[1], ["a fox"], steps=4, route="driven").name != names[0]

@@ -313,6 +313,12 @@ def test_a_record_of_another_model_is_refused(tmp_path):
         sample(brownian(), first, BestOfN(), nfe=300, progress=False).save(tmp_path / "run")
 
 
+def saved_of_three(tmp_path):
+    folder = tmp_path / "three"
+    sample(brownian(), first, BestOfN(3), nfe=400, seed=1, progress=False).save(folder)
+    return folder
+
+
 @pytest.mark.parametrize("sampler", [TreeSearch(), TreeSampling(branch="even"), SMC()])
 def test_a_saved_run_goes_on_when_it_is_asked_for_again(tmp_path, sampler):
     """What a sampler left to its budget is filled in in a saved record, and is no other sampler."""
@@ -321,6 +327,8 @@ def test_a_saved_run_goes_on_when_it_is_asked_for_again(tmp_path, sampler):
     longer = sample(brownian(), first, sampler, nfe=800, record=tmp_path / "run", **options)
     assert longer.spent.replayed == 400
     assert 400 < longer.nfe <= 800
+    with pytest.raises(ValueError, match="another run: its sampler"):
+        sample(brownian(), first, BestOfN(), nfe=900, record=saved_of_three(tmp_path), **options)
     other = dataclasses.replace(sampler, **{"parallel": 3} if "SMC" not in repr(sampler) else
                                 {"particles": 3})  # fmt: skip
     with pytest.raises(ValueError, match="another run: its sampler"):

@@ -76,6 +76,12 @@ def _opened(oracle: Oracle, request: Request) -> Model:
     if not batches:  # some want an image of its own for every state
         oracle.inputs.repeats = True
         oracle.inputs.repeats = batches = opening.batches([0, 0])
+    mixes = batches and opening.mixes(alone)
+    # what another scale turns on may hold at some steps, too
+    firsts = {oracle.inputs.scale(r): r for r in reversed(conditions)}
+    for r in firsts.values():
+        if r and mixes:
+            mixes = opening.batches([r, r]) and opening.mixes(opening.alone(list(steps), r), r)
     if batches and not all(opening.batches(group) for group in _mates(oracle, look)):
         look = list(conditions)  # no two conditions in one call
     scales = [oracle.inputs.scale(r) for r in conditions]
@@ -87,7 +93,7 @@ def _opened(oracle: Oracle, request: Request) -> Model:
         tuple(zip(look, scales, strict=True)),
         opening.cost(alone, scales),
         batches,
-        batches and opening.mixes(alone),
+        batches and mixes,
     )
     decoder = DrivenDecoder.of(oracle, opening.x[:1], batches)
     return Model(

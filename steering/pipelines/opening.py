@@ -101,6 +101,8 @@ class Opening:
         """
         try:
             own, again = self._own_and_asked()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as refused:  # in whatever words it refuses a state of this shape
             try:
                 self.oracle.inject(self.x[:1], 0)
@@ -171,27 +173,30 @@ class Opening:
         apart = [self.oracle.query(x[k : k + 1], [r], at) for k, r in enumerate(rows)]
         return self._same(together, apart)
 
-    def mixes(self, alone: dict[int, Step], at_once: int = 8) -> bool:
+    def mixes(self, alone: dict[int, Step], row: int = 0, at_once: int = 8) -> bool:
         """Do states at different steps come out of one call as they do alone?
 
         What holds at some steps goes by the loop's index, which is that of a call's first state. So
-        every call here spans the whole grid: no interval has all of a call's steps on one side.
+        every call here spans the whole grid: no interval has all of a call's steps on one side. A
+        last call joins a step of each.
 
         Args:
-            alone: what is said at each of these steps.
+            alone: what is said at each of these steps of condition `row`.
             at_once: states in a call; fewer where memory does not hold them.
         """
         steps = list(alone)
         if len(steps) == 1:
             return False
         calls = -(-len(steps) // at_once)
-        for part in (steps[k::calls] for k in range(calls)):
+        parts = [steps[k::calls] for k in range(calls)]
+        parts = [p if len(p) > 1 else [steps[0], *p] for p in parts]
+        for part in [*parts, [p[0] for p in parts][:at_once]] if calls > 1 else parts:
             x = self.x[:1].expand(len(part), *self.x.shape[1:]).clone()
             try:
-                mixed = self.oracle.query(x, [0] * len(part), self.grid.at(part))
+                mixed = self.oracle.query(x, [row] * len(part), self.grid.at(part))
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
-                return at_once > 2 and self.mixes(alone, at_once // 2)
+                return at_once > 2 and self.mixes(alone, row, at_once // 2)
             except Exception:  # a time that is no scalar, where only a scalar will do
                 return False
             if not self._same(mixed, [alone[i] for i in part]):

@@ -105,10 +105,12 @@ class Oracle:
     def open(self, row: int) -> Opened:
         """The pipeline's own first step, from its own noise."""
         visit, before = Visit(1), self._attention()
-        self._run(visit, [row])
-        after = self._attention()
-        self._processors = {n: before[n] for n in before if before[n] != after[n]}
-        self._restore_attention()
+        try:
+            self._run(visit, [row])
+        finally:
+            after = self._attention()
+            self._processors = {n: before[n] for n in before if before[n] != after[n]}
+            self._restore_attention()
         shapes = [shape[1:] for shape in visit.drawn if shape[0] == 1 and len(shape) > 2]
         self._natural = shapes[0] if shapes else None
         scheduler = copy.copy(self.scheduler)
@@ -193,7 +195,7 @@ class Oracle:
         aside = _random_numbers_aside(self._device)
         with _ALONE, aside, evaluating(*self._networks.values()):
             attributes = vars(self.pipe)
-            found, undo = dict(attributes), []
+            found, undo = dict(attributes), [_unhook(self._networks) if self.guiders else _nothing]
             talk = logging.getLogger("diffusers")
             level = talk.level
             try:
@@ -236,6 +238,33 @@ class Oracle:
         for name, processors in self._processors.items():
             network: Any = self._networks[name]
             network.set_attn_processor(dict(processors))  # which empties what it is given
+
+
+def _nothing() -> None:
+    """Undo nothing."""
+
+
+def _unhook(networks: dict[str, nn.Module]) -> Callable[[], None]:
+    """How to take off networks the hooks that they do not have yet: guidance sets some for a call,
+    and takes them off when it comes to its end."""
+    registries = [
+        (registry, set(registry.hooks))
+        for network in networks.values()
+        for registry in (getattr(m, "_diffusers_hook", None) for m in network.modules())
+        if registry is not None
+    ]
+    known = {id(registry): names for registry, names in registries}
+
+    def undo() -> None:
+        for network in networks.values():
+            for module in network.modules():
+                registry: Any = getattr(module, "_diffusers_hook", None)
+                if registry is None:
+                    continue
+                for name in set(registry.hooks) - known.get(id(registry), set()):
+                    registry.remove_hook(name, recurse=False)
+
+    return undo
 
 
 def _counts(name: str) -> bool:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from steering.cfg import ClassifierFree, Scale, check_rule
 
+# settings that change where weights come from and how much memory they take, not what is said
+_NO_MATTER = ("training", "name_or_path", "use_slicing", "use_tiling", "gradient_checkpointing",
+              "warnings_issued")  # fmt: skip
 _LOOKED_AT = 16  # numbers of each weight that a fingerprint rests on
 
 
@@ -75,7 +78,7 @@ class Request:
         asked = {k: v for k, v in vars(self).items() if k not in own and v is not None}
         settings = ", ".join(f"{k}={_told(k, v)}" for k, v in asked.items())
         asked_for = f"({settings})" if settings else ""
-        return f"{type(pipe).__name__}{asked_for}#{_fingerprint(pipe.components)}"
+        return f"{type(pipe).__name__}{asked_for}#{_fingerprint({'pipe': pipe, **pipe.components})}"
 
     def scales(self, default: float) -> Tensor:
         """[R] float32 guidance scales."""
@@ -165,6 +168,8 @@ def _told(name: str, value: Any) -> str:
         return "#" + digest(value)
     if isinstance(value, nn.Module):
         return f"{type(value).__name__}#{_fingerprint({name: value})}"
+    if isinstance(value, np.generic):
+        value = value.item()
     if is_dataclass(value) or isinstance(value, (str, int, float, type(None), torch.dtype)):
         return str(value)
     if callable(value) and hasattr(value, "__qualname__"):
@@ -177,9 +182,11 @@ def _told(name: str, value: Any) -> str:
 
 def digest(value: Tensor | np.ndarray | Image.Image) -> str:
     """Eight hexadecimal digits of what an image or an array holds."""
-    array = (
-        value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value)
-    )
+    if isinstance(value, Image.Image):
+        value = value.convert("RGBA")  # whatever its palette
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().double().numpy()
+    array = np.asarray(value)
     told = f"{array.shape}{array.dtype}".encode() + np.ascontiguousarray(array).tobytes()
     return hashlib.blake2b(told, digest_size=4).hexdigest()
 
@@ -193,31 +200,35 @@ def _fingerprint(parts: Mapping[str, Any]) -> str:
     for name, part in parts.items():
         config = getattr(part, "config", {})
         plain = isinstance(config, Mapping)
+        part = getattr(part, "_orig_mod", part)  # compiled, it says what it said
         whole.update(repr((name, type(part).__name__, _settings(config) if plain else "")).encode())
         if not isinstance(part, nn.Module):
             shift = getattr(part, "shift", None)  # which `set_shift` writes nowhere else
             whole.update(repr(shift if isinstance(shift, (int, float)) else None).encode())
             continue
         for path, module in part.named_modules():
-            own = {k: v for k, v in vars(module).items() if k != "training"}
+            own = {k: v for k, v in vars(module).items() if k not in _NO_MATTER}
             whole.update(repr((path, _settings(own))).encode())
-        for weight in part.parameters():
+        for weight in (*part.parameters(), *part.buffers()):
             whole.update(_some_of(weight))
     return whole.hexdigest()
 
 
 def _settings(named: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What is plain among attributes: numbers, texts, and mappings of them."""
-    plain = (int, float, str, bool)
+    """What is plain among attributes: numbers, texts, and lists and mappings of them."""
     return sorted(
         (name, repr(dict(value) if isinstance(value, Mapping) else value))
         for name, value in named.items()
-        if not name.startswith("_")
-        and (
-            isinstance(value, plain)
-            or (isinstance(value, Mapping) and all(isinstance(v, plain) for v in value.values()))
-        )
+        if not name.startswith("_") and name not in _NO_MATTER and _plain(value)
     )
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_plain, value.values()))
+    return isinstance(value, (int, float, str, bool, type(None)))
 
 
 def _some_of(weight: Tensor) -> bytes:

@@ -44,7 +44,8 @@ def remembering(vae: nn.Module) -> nn.Module:
 
     def encode(self: Any, x: Tensor, return_dict: bool = True) -> Any:
         for image, form, code in seen:
-            if form == return_dict and image.shape == x.shape and torch.equal(image, x):
+            same = image.shape == x.shape and image.dtype == x.dtype
+            if form == return_dict and same and torch.equal(image, x):
                 return code
         with torch.no_grad():
             code = vae.encode(x, return_dict=return_dict)  # pyright: ignore[reportCallIssue]

@@ -175,8 +175,10 @@ def driven(base: type) -> type:
             at = self.visit.at
             if at is None or not at.sigma.dim():
                 return base.scale_model_input(self, sample, *args, **kwargs)
-            sigma = at.sigma.to(sample).repeat(len(sample) // len(at.sigma))
-            return sample / (sigma.view(-1, *[1] * (sample.dim() - 1)) ** 2 + 1) ** 0.5
+            # in float32, as the scheduler has its levels: half precision would round or overflow
+            sigma = at.sigma.to(sample.device, torch.float32).repeat(len(sample) // len(at.sigma))
+            scale = (sigma.view(-1, *[1] * (sample.dim() - 1)) ** 2 + 1) ** 0.5
+            return (sample.float() / scale).to(sample.dtype)
 
         members["scale_model_input"] = scale_model_input
     if not hasattr(base, "scale_model_input"):  # by exact class some do not ask a base for it
