@@ -160,6 +160,10 @@ class Result:
             f"ESS {ess_:.1f}, over distinct starting noises {roots:.1f}"
             + (f", BIASED: {self.biased}" if self.biased else "")
         ]
+        if self.tree is not None and self.tree.flat:
+            lines.append(
+                "the tree is flat: its walks share no beginning, as in importance sampling"
+            )
         if self.distinct:
             by_weight = self._draws is None and not self.ranked
             share = self.weights if by_weight else self.counts.double()

@@ -30,6 +30,11 @@ class Tree:
     ended: Tensor  # [R] int64, selections that ended in a leaf
     lam: float  # inverse temperature λ
 
+    @property
+    def flat(self) -> bool:
+        """Do walks share no beginning: is each node a leaf, right below a dummy root?"""
+        return bool((self.parent[self.parent[self.parent >= 0]] < 0).all())
+
     @staticmethod
     def of(arenas: Sequence[Arena], lam: float) -> Tree:
         """The picture of growing trees, one per condition, as they stand."""

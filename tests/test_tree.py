@@ -98,3 +98,16 @@ def test_a_node_dies_with_all_its_children():
 def test_an_unknown_law_is_refused():
     with pytest.raises(ValueError, match="law='exact'"):
         Tree.of([small()], 1.0).law("exact")
+
+
+def test_a_tree_whose_walks_share_nothing_is_flat_and_says_so():
+    from samplers import Importance, TreeSampling, sample
+    from tests.brownian import brownian, first
+
+    options = {"nfe": 800, "draws": 8, "progress": False}
+    flat = sample(brownian(prompts=("a", "b")), first, TreeSampling(), **options)  # no pilot fits
+    grown = sample(brownian(prompts=("a", "b")), first, TreeSampling(branch="even"), **options)
+    assert flat.tree.flat
+    assert not grown.tree.flat
+    assert "the tree is flat" in str(flat)
+    assert "flat" not in str(grown) + str(sample(brownian(), first, Importance(), **options))
