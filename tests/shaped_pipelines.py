@@ -39,15 +39,26 @@ SIZE = {"sd15": 512, "sdxl": 1024, "flux": 1024}  # pixels a side
 def shaped(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A pipeline of `NAMES` on a device; built there, so that host memory holds no copy."""
     build = {"sd15": _stable_diffusion, "sdxl": _stable_diffusion_xl, "flux": _flux}[name]
+    scheduler = _scheduler(name)  # whose tables belong on the CPU, in float32
     with torch.random.fork_rng(), torch.device(device), torch.no_grad():
         torch.manual_seed(0)
         torch.set_default_dtype(dtype)
         try:
-            pipe = build()
+            pipe = build(scheduler)
         finally:
             torch.set_default_dtype(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _scheduler(name: str) -> Any:
+    if name == "sd15":
+        return DDIMScheduler(clip_sample=False, **SD_SCHEDULE)
+    if name == "sdxl":
+        return EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
+        )
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
 
 
 def _clip(kind: Any, width: int, projection: int) -> Any:
@@ -79,20 +90,20 @@ def _vae(**options: Any) -> AutoencoderKL:
     ).eval()
 
 
-def _stable_diffusion() -> StableDiffusionPipeline:
+def _stable_diffusion(scheduler: Any) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=_clip(CLIPTextModel, 768, 768),
         tokenizer=_tokenizer(),
         unet=UNet2DConditionModel(cross_attention_dim=768).eval(),  # the rest are SD 1.x's sizes
-        scheduler=DDIMScheduler(clip_sample=False, **SD_SCHEDULE),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
-def _stable_diffusion_xl() -> StableDiffusionXLPipeline:
+def _stable_diffusion_xl(scheduler: Any) -> StableDiffusionXLPipeline:
     unet = UNet2DConditionModel(
         sample_size=128,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -113,20 +124,24 @@ def _stable_diffusion_xl() -> StableDiffusionXLPipeline:
         tokenizer=_tokenizer(),
         tokenizer_2=_tokenizer(),
         unet=unet.eval(),
-        scheduler=EulerDiscreteScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
-        ),
+        scheduler=scheduler,
     )
 
 
-def _flux() -> FluxPipeline:
+def _flux(scheduler: Any) -> FluxPipeline:
     t5 = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_heads=64, num_layers=2, vocab_size=32128)
     return FluxPipeline(
-        vae=_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
+        vae=_vae(
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+        ),
         text_encoder=_clip(CLIPTextModel, 768, 768),
         tokenizer=_tokenizer(),
         text_encoder_2=T5EncoderModel(t5).eval(),
         tokenizer_2=byte_tokenizer(),
         transformer=FluxTransformer2DModel(guidance_embeds=True).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        scheduler=scheduler,
     )
