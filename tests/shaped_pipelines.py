@@ -95,7 +95,7 @@ def _stable_diffusion(scheduler: Any) -> StableDiffusionPipeline:
         vae=_vae(),
         text_encoder=_clip(CLIPTextModel, 768, 768),
         tokenizer=_tokenizer(),
-        unet=UNet2DConditionModel(cross_attention_dim=768).eval(),  # the rest are SD 1.x's sizes
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval(),  # else as is
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
