@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steering.core import Model
-from steering.gaussian import ToClean
+from steering.gaussian import ToClean, over_data
 from steering.pipelines.inputs import Inputs
 from steering.pipelines.latent import PIXELS_AT_ONCE
 from steering.pipelines.opening import CannotDriveError, Grid, Opening
@@ -65,9 +65,12 @@ def _opened(oracle: Oracle, request: Request) -> Model:
     T = process.steps
     every = bool(request.call or oracle.guiders)
     steps = range(T) if every else sorted({k * (T - 1) // 4 for k in range(5)})
-    alone = opening.alone(list(steps))
-    guided = any((oracle.inputs.scale(r) or 0.0) > 1 for r in conditions)
-    if guided and not _heeds_its_scale(opening, alone[0]):
+    # what another guidance scale turns on may cost more, and hold at other steps
+    scales = [oracle.inputs.scale(r) for r in conditions]
+    firsts = {scale: scales.index(scale) for scale in scales}
+    alone = {scale: opening.alone(list(steps), r) for scale, r in firsts.items()}
+    guided = any((scale or 0.0) > 1 for scale in scales)
+    if guided and not _heeds_its_scale(opening, alone[scales[0]][0]):
         raise CannotDriveError(
             "guidance_scale is given, but makes no difference to what its network says (some take "
             "another argument, as in call={'true_cfg_scale': 4.0}): leave it out"
@@ -76,24 +79,22 @@ def _opened(oracle: Oracle, request: Request) -> Model:
     if not batches:  # some want an image of its own for every state
         oracle.inputs.repeats = True
         oracle.inputs.repeats = batches = opening.batches([0, 0])
-    mixes = batches and opening.mixes(alone)
-    # what another scale turns on may hold at some steps, too
-    firsts = {oracle.inputs.scale(r): r for r in reversed(conditions)}
-    for r in firsts.values():
-        if r and mixes:
-            mixes = opening.batches([r, r]) and opening.mixes(opening.alone(list(steps), r), r)
+    mixes = batches and all(
+        (not r or opening.batches([r, r])) and opening.mixes(alone[scale], r)
+        for scale, r in firsts.items()
+    )
     if batches and not all(opening.batches(group) for group in _mates(oracle, look)):
         look = list(conditions)  # no two conditions in one call
-    scales = [oracle.inputs.scale(r) for r in conditions]
+    cost = {scale: opening.cost(alone[scale], r) for scale, r in firsts.items()}
     denoiser = DrivenDenoiser(
         oracle,
         ToClean(process, prediction),
         grid,
         first.sample.dtype,
         tuple(zip(look, scales, strict=True)),
-        opening.cost(alone, scales),
+        torch.stack([cost[scale] for scale in scales]),
         batches,
-        batches and mixes,
+        mixes,
     )
     decoder = DrivenDecoder.of(oracle, opening.x[:1], batches)
     return Model(
@@ -114,7 +115,7 @@ def _heeds_its_scale(opening: Opening, said: Step) -> bool:
     assert own.scales is not None
     oracle.inputs = replace(own, scales=tuple(scale + 3 for scale in own.scales))
     try:
-        return not torch.equal(opening.alone([0])[0].output, said.output)
+        return not torch.equal(opening.alone([0], 0)[0].output, said.output)
     finally:
         oracle.inputs = own
 
@@ -181,7 +182,7 @@ class DrivenDenoiser:
 
     def __call__(self, x: Tensor, t: Tensor, row: Tensor) -> Tensor:
         steps, rows = self.to_clean.step(t).cpu(), row.tolist()
-        scale = self.grid.scale[steps].to(x.device).view(-1, *[1] * (x.dim() - 1))
+        scale = over_data(self.grid.scale[steps].to(x.device), x)
         states, steps = (x * scale).to(self.dtype), steps.tolist()
         calls: dict[Any, list[int]] = defaultdict(list)
         for k, (i, r) in enumerate(zip(steps, rows, strict=True)):
@@ -248,7 +249,7 @@ class DrivenDecoder:
         """Images [N, C, H, W] or clips [N, F, C, H, W] float32 of clean states x [N, *D]."""
         parts = x.to(self.dtype).split(self.at_once)
         items = torch.cat([items_of(self._tail(part)) for part in parts])
-        finite = x.flatten(1).isfinite().all(1).view(-1, *[1] * (items.dim() - 1))
+        finite = over_data(x.flatten(1).isfinite().all(1), items)
         return torch.where(finite, items, torch.nan)
 
     def _tail(self, x: Tensor) -> Any:

@@ -49,21 +49,18 @@ class Grid:
             apart = (times.float() - t.to(times.device)).abs()
             apart[: index[-1] + 1 if index else 0] = torch.inf
             index.append(int(apart.argmin()))
-        sigmas = scheduler.sigmas[index] if torch.is_tensor(_sigmas(scheduler)) else None
+        sigmas = getattr(scheduler, "sigmas", None)
         alpha = process.alpha[:-1].float()
         exploding = type(scheduler).__name__.removesuffix("Scheduler") in EXPLODING
         scale = 1 / alpha if exploding else torch.ones_like(alpha)
-        return Grid(times[index], sigmas, tuple(index), scale)
+        sigma = sigmas[index] if isinstance(sigmas, Tensor) else None
+        return Grid(times[index], sigma, tuple(index), scale)
 
     def at(self, steps: list[int]) -> At:
         """Where rows at these steps [N] are; one step for all where it is one."""
         take: Any = steps[0] if len(set(steps)) == 1 else steps
         sigma = None if self.sigma is None else self.sigma[take]
         return At(self.time[take], sigma, self.index[steps[0]])
-
-
-def _sigmas(scheduler: Any) -> Any:
-    return getattr(scheduler, "sigmas", None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +144,7 @@ class Opening:
         alone = self.oracle.query(x, [0], at).output
         return min(max(3 * distance(copies, alone.expand_as(copies)), low), high)
 
-    def alone(self, steps: list[int], row: int = 0) -> dict[int, Step]:
+    def alone(self, steps: list[int], row: int) -> dict[int, Step]:
         """What is said of one state at each of these steps, by itself, each asked twice.
 
         Raises:
@@ -173,7 +170,7 @@ class Opening:
         apart = [self.oracle.query(x[k : k + 1], [r], at) for k, r in enumerate(rows)]
         return self._same(together, apart)
 
-    def mixes(self, alone: dict[int, Step], row: int = 0, at_once: int = 8) -> bool:
+    def mixes(self, alone: dict[int, Step], row: int, at_once: int = 8) -> bool:
         """Do states at different steps come out of one call as they do alone?
 
         What holds at some steps goes by the loop's index, which is that of a call's first state. So
@@ -215,25 +212,19 @@ class Opening:
             )
         )
 
-    def cost(self, alone: dict[int, Step], scales: list[float | None]) -> Tensor:
-        """Network rows [R, T] of a state of each condition, which are those of its scale.
+    def cost(self, alone: dict[int, Step], row: int) -> Tensor:
+        """Network rows [T] of a state of condition `row`, of which `alone` was said.
 
         Raises:
             CannotDriveError: no network was seen at work.
         """
         T = len(self.grid.index)
-        by_scale: dict[Any, Tensor] = {}
-        for row, scale in enumerate(scales):
-            if scale in by_scale:
-                continue
-            seen = alone if scale == scales[0] else self.alone(list(alone), row)
-            if len({step.rows for step in seen.values()}) > 1 and len(seen) < T:
-                seen = self.alone(list(range(T)), row)  # an interval, somewhere between
-            counts = [step.rows for step in seen.values()]
-            by_scale[scale] = torch.tensor(counts if len(counts) == T else counts[:1] * T)
-        if not all(cost.min() for cost in by_scale.values()):
+        if len({step.rows for step in alone.values()}) > 1 and len(alone) < T:
+            alone = self.alone(list(range(T)), row)  # an interval, somewhere between
+        counts = [step.rows for step in alone.values()]
+        if not all(counts):
             raise CannotDriveError("none of its networks was seen at work")
-        return torch.stack([by_scale[scale] for scale in scales])
+        return torch.tensor(counts if len(counts) == T else counts[:1] * T)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

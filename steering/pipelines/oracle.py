@@ -195,10 +195,12 @@ class Oracle:
         aside = _random_numbers_aside(self._device)
         with _ALONE, aside, evaluating(*self._networks.values()):
             attributes = vars(self.pipe)
-            found, undo = dict(attributes), [_unhook(self._networks) if self.guiders else _nothing]
+            found, undo = dict(attributes), list[Callable[[], None]]()
             talk = logging.getLogger("diffusers")
             level = talk.level
             try:
+                if self.guiders:
+                    undo.append(_unhook(self._networks))
                 for module in self._modules:
                     _shadow(module, undo, visit.noise, enumerate_turns)
                 _shadow(sys.modules["diffusers.models.autoencoders.vae"], undo, visit.code)
@@ -240,29 +242,20 @@ class Oracle:
             network.set_attn_processor(dict(processors))  # which empties what it is given
 
 
-def _nothing() -> None:
-    """Undo nothing."""
-
-
 def _unhook(networks: dict[str, nn.Module]) -> Callable[[], None]:
     """How to take off networks the hooks that they do not have yet: guidance sets some for a call,
     and takes them off when it comes to its end."""
-    registries = [
-        (registry, set(registry.hooks))
-        for network in networks.values()
-        for registry in (getattr(m, "_diffusers_hook", None) for m in network.modules())
-        if registry is not None
-    ]
-    known = {id(registry): names for registry, names in registries}
+
+    def registries() -> list[Any]:
+        found = [m for network in networks.values() for m in network.modules()]
+        return [m._diffusers_hook for m in found if hasattr(m, "_diffusers_hook")]
+
+    known = {id(registry): set(registry.hooks) for registry in registries()}
 
     def undo() -> None:
-        for network in networks.values():
-            for module in network.modules():
-                registry: Any = getattr(module, "_diffusers_hook", None)
-                if registry is None:
-                    continue
-                for name in set(registry.hooks) - known.get(id(registry), set()):
-                    registry.remove_hook(name, recurse=False)
+        for registry in registries():
+            for name in set(registry.hooks) - known.get(id(registry), set()):
+                registry.remove_hook(name, recurse=False)
 
     return undo
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering.gaussian import over_data
 from steering.pipelines.schedulers import EXPLODING
 from steering.pipelines.turns import PerRow, plain, turns_of
 
@@ -177,7 +178,7 @@ def driven(base: type) -> type:
                 return base.scale_model_input(self, sample, *args, **kwargs)
             # in float32, as the scheduler has its levels: half precision would round or overflow
             sigma = at.sigma.to(sample.device, torch.float32).repeat(len(sample) // len(at.sigma))
-            scale = (sigma.view(-1, *[1] * (sample.dim() - 1)) ** 2 + 1) ** 0.5
+            scale = (over_data(sigma, sample) ** 2 + 1) ** 0.5
             return (sample.float() / scale).to(sample.dtype)
 
         members["scale_model_input"] = scale_model_input
