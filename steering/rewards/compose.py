@@ -46,8 +46,35 @@ class Composable:
         return Product(_factors(other) + _factors(self)) if callable(other) else self * other
 
 
+class Composite(Composable):
+    """A reward that is differentiable where all of its `parts` are."""
+
+    @property
+    def differentiable(self) -> bool:
+        """Are all parts (almost everywhere)?"""
+        return all(getattr(part, "differentiable", False) for part in self.parts)
+
+
 @dataclass(frozen=True)
-class Sum(Composable):
+class Several(Composite):
+    """A reward made of at least two, on equal terms."""
+
+    rewards: Sequence[Reward]  # kept as a tuple
+
+    def __post_init__(self) -> None:
+        several = tuple(self.rewards)
+        if len(several) < 2 or not all(callable(reward) for reward in several):
+            raise ValueError(f"rewards={self.rewards!r}: give at least two rewards.")
+        object.__setattr__(self, "rewards", several)
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """Rewards that this one is made of."""
+        return self.rewards
+
+
+@dataclass(frozen=True)
+class Sum(Composite):
     """Weighted sum: reward(x) = sum_k w_k r_k(x). `0.7 * a + 0.3 * b` makes one too.
 
     Direction and range follow from the parts. An item that fails in a part of weight other than 0
@@ -76,11 +103,6 @@ class Sum(Composable):
         object.__setattr__(self, "terms", terms)
 
     @property
-    def differentiable(self) -> bool:
-        """Are all parts?"""
-        return all(getattr(reward, "differentiable", False) for _, reward in self.terms)
-
-    @property
     def name(self) -> str:
         """The formula, with the parts' own names."""
         return " + ".join(f"{weight:g}*{name_of(reward)}" for weight, reward in self.terms)
@@ -94,7 +116,7 @@ class Sum(Composable):
 
 
 @dataclass(frozen=True)
-class Product(Composable):
+class Product(Several):
     """Product: reward(x) = prod_k r_k(x), for parts that are >= 0. `a * b` makes one too.
 
     An item has failed that a part finds below 0: two of them would make what is worse look better.
@@ -102,21 +124,6 @@ class Product(Composable):
     Args:
         rewards: at least two.
     """
-
-    rewards: Sequence[Reward]  # kept as a tuple
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        """Rewards that this one is made of."""
-        return self.rewards
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rewards", _several(self.rewards))
-
-    @property
-    def differentiable(self) -> bool:
-        """Are all parts?"""
-        return all(getattr(reward, "differentiable", False) for reward in self.rewards)
 
     @property
     def name(self) -> str:
@@ -131,7 +138,7 @@ class Product(Composable):
 
 
 @dataclass(frozen=True)
-class Minimum(Composable):
+class Minimum(Several):
     """The worst of several rewards: reward(x) = min_k r_k(x), so that all are wanted at once.
 
     `2 * Minimum([Classifier(net, [4]), Classifier(net, [9])])` asks for what might be both.
@@ -139,21 +146,6 @@ class Minimum(Composable):
     Args:
         rewards: at least two.
     """
-
-    rewards: Sequence[Reward]  # kept as a tuple
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        """Rewards that this one is made of."""
-        return self.rewards
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rewards", _several(self.rewards))
-
-    @property
-    def differentiable(self) -> bool:
-        """Are all parts (almost everywhere)?"""
-        return all(getattr(reward, "differentiable", False) for reward in self.rewards)
 
     @property
     def name(self) -> str:
@@ -167,7 +159,7 @@ class Minimum(Composable):
 
 
 @dataclass(frozen=True)
-class Standardized(Composable):
+class Standardized(Composite):
     """Standard score: reward(x) = (r(x) - mean) / std, mean and std fixed beforehand.
 
     Sums of rewards of unlike scales: `Standardized.fit(a, images, prompts) + Standardized.fit(b,
@@ -216,24 +208,12 @@ class Standardized(Composable):
         return cls(reward, float(scores.mean()), spread, len(scores))
 
     @property
-    def differentiable(self) -> bool:
-        """Is the reward?"""
-        return getattr(self.reward, "differentiable", False)
-
-    @property
     def name(self) -> str:
         """For tables."""
         return f"z({name_of(self.reward)})"
 
     def __call__(self, items: Any, prompts: Sequence[Any]) -> Tensor:
         return (scores_of(self.reward, items, prompts) - self.mean) / self.std
-
-
-def _several(rewards: Any) -> tuple[Reward, ...]:
-    several = tuple(rewards)
-    if len(several) < 2 or not all(callable(reward) for reward in several):
-        raise ValueError(f"rewards={rewards!r}: give at least two rewards.")
-    return several
 
 
 def _factors(reward: Any) -> tuple[Reward, ...]:

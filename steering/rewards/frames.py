@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from steering.core import Reward
-from steering.rewards.compose import Composable, name_of, scores_of
+from steering.rewards.compose import Composite, name_of, scores_of
 
 
 @dataclass(frozen=True)
-class OverFrames(Composable):
+class OverFrames(Composite):
     """reward(clip) = mean, or least, over frames f of r(frame f, prompt).
 
     A clip has failed if one of the frames that are looked at has, or any has a pixel that is not
@@ -46,11 +46,6 @@ class OverFrames(Composable):
             raise ValueError(f'by={self.by!r}: give "mean" or "min".')
         if self.frames is not None and (type(self.frames) is not int or self.frames < 1):
             raise ValueError(f"frames={self.frames!r}: give a whole number >= 1, or None for all.")
-
-    @property
-    def differentiable(self) -> bool:
-        """Is the reward?"""
-        return getattr(self.reward, "differentiable", False)
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,7 @@ from steering.weights import CLIP_LARGE, check_source, loading
 
 
 @dataclass(frozen=True)
-class TwoTowers(Composable):
+class TwoTowers(Composable, ABC):
     """reward(x) = scale · cos(image embedding of x, text embedding of its prompt)."""
 
     model: str = CLIP_LARGE
@@ -43,9 +44,9 @@ class TwoTowers(Composable):
         """Load the network: now, instead of at the first call."""
         _ = self.towers
 
+    @abstractmethod
     def scale(self) -> float | Tensor:
         """What cosines are multiplied by."""
-        raise NotImplementedError
 
     def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
         def score(images: Tensor, texts: list[str]) -> Tensor:
