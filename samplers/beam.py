@@ -10,7 +10,7 @@ import torch
 
 from samplers.core import Draws, Plan, Rollouts, Walked
 from samplers.levels import check_levels, usable_levels
-from samplers.proposals import Families, Family
+from samplers.proposals import Families, Family, as_columns
 from samplers.walks import affordable, check_count
 
 
@@ -87,12 +87,7 @@ class Beam:
         for f in state.standing():
             items = zip(f.here, f.here_root, f.here_reward, strict=True)
             found += [(id, f.row, x_T, r, False) for id, x_T, r in items]
-        columns = list(zip(*found, strict=True)) or [()] * 5
-        id, row, root = (torch.tensor(c, dtype=torch.int64) for c in columns[:3])
-        reward, finished = (
-            torch.tensor(columns[3], dtype=torch.float64),
-            torch.tensor(columns[4], dtype=torch.bool),
-        )
+        id, row, root, reward, finished = as_columns(found)
         best = torch.full((state.plan.conditions,), -torch.inf, dtype=torch.float64)
         best.scatter_reduce_(0, row, reward, "amax")
         order = reward.argsort(descending=True, stable=True)

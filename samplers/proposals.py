@@ -214,3 +214,10 @@ class Families:
             f.here_reward = [f.reward[k] for k in kept]
             f.leg += 1
         self._launch(going)
+
+
+def as_columns(found: list[tuple[int, int, int, float, bool]]) -> list[Tensor]:
+    """(id, row, root, value, finished) of K items as five tensors [K]."""
+    kinds = (torch.int64, torch.int64, torch.int64, torch.float64, torch.bool)
+    columns = list(zip(*found, strict=True)) or [()] * len(kinds)
+    return [torch.tensor(c, dtype=kind) for c, kind in zip(columns, kinds, strict=True)]

@@ -11,7 +11,7 @@ import torch
 
 from samplers.core import Draws, Plan, Rollouts, Walked
 from samplers.levels import check_levels, usable_levels
-from samplers.proposals import Families, Family
+from samplers.proposals import Families, Family, as_columns
 from samplers.walks import check_count
 from search.resample import logsumexp_by, multinomial
 
@@ -107,12 +107,7 @@ class SVDD:
         for f in state.standing():
             w = f.log_w + _clamped(lam * f.here_reward[0])
             found.append((f.here[0], f.row, f.here_root[0], w, False))
-        columns = list(zip(*found, strict=True)) or [()] * 5
-        id, row, root = (torch.tensor(c, dtype=torch.int64) for c in columns[:3])
-        log_w, finished = (
-            torch.tensor(columns[3], dtype=torch.float64),
-            torch.tensor(columns[4], dtype=torch.bool),
-        )
+        id, row, root, log_w, finished = as_columns(found)
         conditions = state.plan.conditions
         count = torch.bincount(torch.tensor([f.row for f in arrived]).long(), minlength=conditions)
         total = logsumexp_by(log_w[finished], row[finished], conditions)
