@@ -5,12 +5,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from steering.core import Model
+from steering.guidance import FlowChef
 from steering.pipelines import from_pipeline
 
 if TYPE_CHECKING:
-    from steering import cfg, metrics, rewards, zoo
+    from steering import cfg, guidance, metrics, rewards, zoo
 
-__all__ = ["Model", "cfg", "from_pipeline", "metrics", "rewards", "zoo"]
+__all__ = ["FlowChef", "Model", "cfg", "from_pipeline", "guidance", "metrics", "rewards", "zoo"]
 
 
 def __getattr__(name: str) -> ModuleType:
