@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -57,9 +56,9 @@ def check_rule(name: object) -> None:
         raise ValueError(f"rule={name!r} is unknown: give one of {', '.join(RULES)}, or None.")
 
 
-def check_step(step: object) -> None:
+def check_step(step: float) -> None:
     """ValueError unless `step` is a finite number, at least 0."""
-    if isinstance(step, bool) or not isinstance(step, Real) or not 0 <= step < math.inf:
+    if type(step) not in (int, float) or not 0 <= step < math.inf:
         raise ValueError(f"step={step!r}: give a finite number >= 0; 0 is no guidance.")
 
 
