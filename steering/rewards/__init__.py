@@ -15,6 +15,7 @@ from steering.rewards.frames import OverFrames
 from steering.rewards.imscore import Imscore
 from steering.rewards.jpeg import Jpeg
 from steering.rewards.judge import Judge
+from steering.rewards.measure import Measure
 from steering.rewards.pick_score import PickScore
 from steering.rewards.pil import FromPil, from_pil
 
@@ -27,6 +28,7 @@ __all__ = [
     "Imscore",
     "Jpeg",
     "Judge",
+    "Measure",
     "Minimum",
     "OverFrames",
     "PickScore",
