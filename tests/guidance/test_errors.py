@@ -17,7 +17,7 @@ def rising(x, prompts):
     return x[:, 0]
 
 
-def run(guidance, reward=rising, sampler=Importance(), **changed):
+def run(guidance, reward=rising, **changed):
     model = replace(gaussian_chain(steps=6, dim=2), **changed.pop("model", {}))
 
     class Silent(type(model.denoiser)):
@@ -25,8 +25,8 @@ def run(guidance, reward=rising, sampler=Importance(), **changed):
             raise AssertionError("the network was called")
 
     object.__setattr__(model.denoiser, "__class__", Silent)
-    settings = {"nfe": 60, "progress": False, **changed}
-    return sample(model, reward, sampler, guidance=guidance, **settings)
+    settings = {"sampler": Importance(), "nfe": 60, "progress": False, **changed}
+    return sample(model, reward, guidance=guidance, **settings)
 
 
 def ode():
