@@ -143,14 +143,16 @@ def bent_within(window: Window, step: Step, act: Act, *, differentiates: bool) -
     process = gaussian(step)
     active = inside(window, step.i, process.steps)
     pick, rest = active.nonzero().flatten(), (~active).nonzero().flatten()
-    clean, shift = torch.empty_like(step.x), torch.zeros_like(step.x)
-    failed = torch.zeros_like(active)
+    shift, failed = torch.zeros_like(step.x), torch.zeros_like(active)
     if not differentiates:
         clean = step.denoise(step.x, step.i, step.row)
-    elif len(rest):
+        if len(pick):
+            _, shift[pick], failed[pick] = act(part(step, pick), clean[pick])
+        return shifted(step, clean, shift, failed)
+    clean = torch.empty_like(step.x)
+    if len(rest):
         still = part(step, rest)
         clean[rest] = step.denoise(still.x, still.i, still.row)
     if len(pick):
-        guesses = None if differentiates else clean[pick]
-        clean[pick], shift[pick], failed[pick] = act(part(step, pick), guesses)
+        clean[pick], shift[pick], failed[pick] = act(part(step, pick), None)
     return shifted(step, clean, shift, failed)
