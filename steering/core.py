@@ -157,21 +157,26 @@ class Guidance(Protocol):
 
 
 class _Clamp(torch.autograd.Function):
-    """Values are clamped to [0, 1]; gradients pass, so that what is out of range can come back."""
+    """Values are clamped to [0, 1]; a slope passes where it leads back into the range."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x > 1, x < 0)
         return x.clamp(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+        slope, (above, below) = gradients[0], ctx.saved_tensors
+        outwards = (above & (slope > 0)) | (below & (slope < 0))
+        return torch.where(outwards, 0.0, slope)
 
 
 def images_in_unit_range(x: Tensor) -> Tensor:
     """Pixels in [-1, 1] -> images in [0, 1], clamped: the decode of pixel models.
 
-    Gradients pass where it clamps, as if it did not: a guess out of range can be pulled back.
+    Where it clamps, the gradient of a reward passes if going up it leads back into the range, so
+    that a guess out of range can be pulled back, and is 0 if it leads further out, which would
+    change no image.
     """
     return _Clamp.apply(x / 2 + 0.5)
 

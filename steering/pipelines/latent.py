@@ -20,7 +20,7 @@ class LatentCodec:
     """Images of latents: vae.decode(latents / scaling + shift), a few at a time, in [0, 1].
 
     And back: (vae.encode(2 images - 1) - shift) · scaling, the mean where it is a law. Both are
-    differentiable, the clamp to [0, 1] as if it were not there. An image with a value that is not
+    differentiable; see `images_in_unit_range` for the clamp. An image with a value that is not
     finite becomes nan as a whole, so that no reward mistakes it for an image.
 
     Args:
