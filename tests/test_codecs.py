@@ -220,7 +220,7 @@ def test_clamping_is_exact_and_lets_gradients_pass_that_lead_back(dtype):
     for way, stuck in ((1, inside == 1), (-1, inside == 0)):
         (gradient,) = torch.autograd.grad(way * images[3:].sum(), x, retain_graph=True)
         assert torch.equal(gradient[3:], torch.where(stuck, 0.0, way * 0.5).to(dtype))
-        assert 0.1 < stuck.float().mean() < 0.2  # a sixth of normal noise of deviation 2 each
+        assert 0.25 < stuck.float().mean() < 0.37  # of normal noise z, z > .5 in 31 %
 
 
 def test_a_guess_out_of_range_is_pulled_back():
