@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samplers.bending import Bending
 from samplers.core import PRIOR, Budget, Plan, Rollouts, Sampler, Walked
 from samplers.flight import Flight, Request
 from samplers.journal import Journal, Record, Walk, question
@@ -81,17 +82,24 @@ class Engine:
         self._saved_at = time.monotonic()
         self._stochastic = model.process.stochastic.cpu()
         self.network = Network(model, self.ledger, settings.batch)
+        self.bending: Bending | None = None
+        # weights are ratios of densities, which a step without noise has not
+        self._bends = self._stochastic | (settings.weights == "none")
+        if guidance is not None:
+            self.bending = Bending(
+                guidance, model, reward, self.network, self.ledger, settings.on_error
+            )
 
     def plan(self, lam: float, seed: int, budget: Budget) -> Plan:
         """What a sampler may know before it starts."""
         cost = self.network.rows
-        if self.guidance is not None:
-            factor = self.guidance.rows(torch.arange(self.model.process.steps)).cpu()
-            cost = torch.where(self._stochastic, cost * factor, cost)
-        reuses = self.guidance is None
+        if self.bending is not None:
+            cost = torch.where(self._bends, cost * self.bending.factor, cost)
         key = torch.zeros(1, dtype=torch.int64, device=self.model.device)
         turns = self.model.process.prior(key).is_floating_point()  # tokens are not
-        return Plan(cost, self.network.rows, self._stochastic, lam, seed, budget, reuses, turns)
+        return Plan(
+            cost, self.network.rows, self._stochastic, lam, seed, budget, self._reuses, turns
+        )
 
     def run(
         self,
@@ -111,6 +119,7 @@ class Engine:
             offline: answer from the record alone, and stop ("interrupted") where it ends.
         """
         began = time.monotonic()
+        self._lam = plan.lam
         self.entry = {PRIOR: -1}
         self._first_new: float | None = None
         self._missed = 0
@@ -162,6 +171,10 @@ class Engine:
             scorer.close(wait=False)  # after an error, or a second Ctrl-C, nothing is waited for
             self._save(force=True)
             self.ledger.seconds += time.monotonic() - began
+
+    @property
+    def _reuses(self) -> bool:
+        return self.bending is None or self.bending.reuses
 
     def states(self, handles: list[int]) -> Tensor:
         """Kept states [N, *D] on the model's device."""
@@ -314,7 +327,7 @@ class Engine:
 
     def _first_step_from_cache(self, requests: list[Request], x: Tensor, key: Tensor) -> None:
         """A state that was scored on its way has its first network call behind it."""
-        if self.guidance is not None or not len(self.clean):
+        if not self._reuses or not len(self.clean):
             return
         cached = [
             k
@@ -323,31 +336,21 @@ class Engine:
         ]
         if not cached:
             return
-        i = torch.tensor([requests[k].start for k in cached], device=x.device)
         clean = self.clean.get([requests[k].src for k in cached]).to(x.device)
-        transition = self.model.process.transition(x[cached], i, clean)
-        x[cached] = transition.sample(child_key(key[cached], i))
-        for k in cached:
-            requests[k].at += 1
+        part, states = [requests[k] for k in cached], x[cached]
+        at = torch.tensor([r.at for r in part])
+        keys = child_key(key[cached], at.to(x.device))
+        self._move(part, states, at, torch.zeros_like(at, dtype=torch.bool), keys, clean)
+        x[cached] = states
+        for r in part:
+            r.at += 1
 
     def _step(self, sampler, state, flight: Flight, scorer) -> None:
         """One network call for everything in flight."""
-        requests, n, process = flight.requests, flight.n, self.model.process
-        x = flight.x[:n]
+        requests, n = flight.requests, flight.n
         at = torch.tensor([r.at for r in requests])
         looking = torch.tensor([r.at == r.stop for r in requests])  # only the score is missing
-        row = torch.tensor([r.row for r in requests])
-        i = at.to(x.device)
-        if self.guidance is None:
-            clean = self.network(x, i, at, row)
-            self._charge(requests, row, at)
-            walking = (~looking).nonzero().flatten()
-            everyone = len(walking) == n
-            sub = slice(None) if everyone else walking.to(x.device)
-            key = flight.keys_at(at)[sub]
-            flight.x[:n][sub] = process.transition(x[sub], i[sub], clean[sub]).sample(key)
-        else:
-            clean = self._guided_step(flight, x, at, row, looking)
+        clean = self._move(requests, flight.x[:n], at, looking, flight.keys_at(at))
         seen = looking.nonzero().flatten().tolist()
         if seen:
             self.clean.put([requests[k].entry for k in seen], clean[seen])
@@ -355,7 +358,7 @@ class Engine:
             self.store.put([r.entry for r in looked], flight.x[seen])
             scorer.submit(looked, clean[seen], [r.row for r in looked], guess=True)
         ended = []
-        steps = process.steps
+        steps = self.model.process.steps
         for k, r in enumerate(requests):
             if r.at < r.stop:
                 r.at += 1
@@ -371,52 +374,65 @@ class Engine:
         if ended or seen:
             flight.remove(sorted({*ended, *seen}))
 
-    def _guided_step(self, flight, x, at, row, looking: Tensor) -> Tensor:
-        """The same for guided kernels, where the step draws noise; [N, *D] clean guesses."""
-        assert self.guidance is not None
-        process, requests = self.model.process, flight.requests
-        bent = ~looking & self._stochastic[at.clamp(max=process.steps - 1)]
+    def _move(
+        self,
+        requests: list[Request],
+        x: Tensor,
+        at: Tensor,
+        looking: Tensor,
+        key: Tensor,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Take a step from x [n, *D], in place, but for walks that are only `looking` [n]; the
+        clean guesses [n, *D], which are `known` where they have been paid for."""
+        row = torch.tensor([r.row for r in requests])
+        bent = torch.zeros_like(looking)
+        if self.bending is not None:
+            bent = ~looking & self._bends[at.clamp(max=self.model.process.steps - 1)]
+        if not bent.any():
+            return self._plain(requests, x, at, row, looking, key, known)
         clean = torch.empty_like(x)
-        keys, i = flight.keys_at(at), at.to(x.device)
-        straight = (~bent).nonzero().flatten().tolist()
-        if straight:
-            part = [requests[k] for k in straight]
-            clean[straight] = self.network(x[straight], i[straight], at[straight], row[straight])
-            self._charge(part, row[straight], at[straight])
-            walking = [k for k in straight if not looking[k]]
-            if walking:
-                transition = process.transition(x[walking], i[walking], clean[walking])
-                flight.x[walking] = transition.sample(keys[walking])
-        bends = bent.nonzero().flatten().tolist()
-        if bends:
-            part = [requests[k] for k in bends]
-            proposal = self.guidance.propose(
-                x[bends], i[bends], row[bends], self._denoise(part), self._score, process
+        pick = (~bent).nonzero().flatten().to(x.device)
+        if len(pick):
+            part, states = [requests[k] for k in pick.tolist()], x[pick]
+            here = (~bent).nonzero().flatten()
+            guesses = None if known is None else known[pick]
+            clean[pick] = self._plain(
+                part, states, at[here], row[here], looking[here], key[pick], guesses
             )
-            moved = proposal.guided.sample(keys[bends])
-            ratio = proposal.base.log_prob(moved) - proposal.guided.log_prob(moved)
-            flight.x[bends] = moved
-            clean[bends] = proposal.clean.detach()
-            for r, lr, failed in zip(part, ratio.tolist(), proposal.failed.tolist(), strict=True):
-                r.log_ratio += lr if self.settings.weights == "exact" else 0.0
-                r.failed |= failed
+            x[pick] = states
+        clean[bent.to(x.device)] = self._bent(requests, x, at, row, bent, key, known)
         return clean
 
-    def _denoise(self, requests: list[Request]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        def denoise(x: Tensor, i: Tensor, row: Tensor) -> Tensor:
-            self._charge(requests, row, i.cpu())
-            return self.network.differentiable(x, i, row)
+    def _plain(self, requests, x, at, row, looking, key, known: Tensor | None) -> Tensor:
+        """`_move` by the model's own kernel."""
+        i = at.to(x.device)
+        clean = known
+        if clean is None:
+            clean = self.network(x, i, at, row)
+            for r, rows in zip(requests, self.network.cost(row, at), strict=True):
+                r.rows += rows
+        walking = (~looking).nonzero().flatten()
+        sub = slice(None) if len(walking) == len(x) else walking.to(x.device)
+        transition = self.model.process.transition(x[sub], i[sub], clean[sub])
+        x[sub] = transition.sample(key[sub])
+        return clean
 
-        return denoise
-
-    def _charge(self, requests: list[Request], row: Tensor, at: Tensor) -> None:
-        for r, rows in zip(requests, self.network.cost(row, at), strict=True):
-            r.rows += rows
-
-    def _score(self, clean: Tensor, row: Tensor) -> Tensor:
-        self.ledger.decodes += len(clean)
-        prompts = [self.model.prompts[r] for r in row.tolist()]
-        return self.reward(self.model.decode(clean), prompts)
+    def _bent(self, requests, x, at, row, bent, key, known: Tensor | None) -> Tensor:
+        """`_move` of the particles `bent` [n] by the guidance; their clean guesses."""
+        assert self.bending is not None
+        here = bent.nonzero().flatten()
+        pick = here.to(x.device)
+        part = [requests[k] for k in here.tolist()]
+        guesses = None if known is None else known[pick]
+        found = self.bending(part, x[pick], at[here], row[here], key[pick], self._lam, guesses)
+        x[pick] = found.x
+        weighed = self.settings.weights == "exact"
+        columns = zip(part, found.log_ratio.tolist(), found.failed.tolist(), strict=True)
+        for r, log_ratio, failed in columns:
+            r.log_ratio += log_ratio if weighed else 0.0
+            r.failed |= failed
+        return found.clean
 
     # --- what ends -----------------------------------------------------------------------------
 

@@ -51,9 +51,8 @@ class Network:
         t = self._model.process.time(i)
         parts, done = [], 0
         on_cpu = x.device.type == "cpu"
-        fits = max(16, _CPU_NUMBERS // x[0].numel()) if on_cpu else len(x)
         least = 16 if on_cpu and 16 * x[0].numel() <= _CPU_NUMBERS else 1  # rows that cost little
-        fits = max((s for s in _SIZES if s <= fits), default=fits) if fits < len(x) else len(x)
+        fits = self.at_once(x)
         while done < len(x):
             size = min(len(x) - done, self._largest, self._memory, fits)
             full = next((s for s in _SIZES if s >= max(size, least)), size)
@@ -78,6 +77,11 @@ class Network:
             self._count(row[part], at[part], full - size)
             done += size
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def at_once(self, x: Tensor) -> int:
+        """How many of the states x [N, *D] go into one call where their device gains by it."""
+        fits = max(16, _CPU_NUMBERS // x[0].numel()) if x.device.type == "cpu" else len(x)
+        return max((s for s in _SIZES if s <= fits), default=fits) if fits < len(x) else len(x)
 
     def differentiable(self, x: Tensor, i: Tensor, row: Tensor) -> Tensor:
         """Clean guesses [N, *D] in one call, with gradients; the rows that use them are counted."""

@@ -70,8 +70,9 @@ def sample(
         ess: instead of lam, the effective sample size per walk to aim at, in (0, 1); likewise.
         seed: all noise of the run is a pure function of it.
         also: held-out rewards of the draws; nothing is steered by them.
-        guidance: bends the steps that draw noise.
-        weights: "exact" corrects for the guidance; "none" does not, and is labelled biased.
+        guidance: bends steps, from `steering.guidance`; None is the sampler's own, if it has one.
+        weights: "exact" corrects for the guidance, which then bends the steps that draw noise;
+            "none" does not, bends all steps, and is labelled biased.
         batch: walks that share a network call.
         on_error: "fail": a reward that raises or is not finite makes a failed walk, never selected;
             "raise": it ends the run. Programming errors (a wrong shape, a TypeError) always do.
@@ -88,6 +89,7 @@ def sample(
             pilot, a kl or ess that no lam reaches.
     """
     budget = Budget(nfe, reward_calls, seconds)
+    guidance = _guidance_of(sampler, guidance)
     _check(model, reward, sampler, lam, kl, ess, seed, guidance, weights)
     _check_wishes(draws, also, batch, on_error)
     settings = Settings(batch, on_error, weights)
@@ -100,14 +102,16 @@ def sample(
             "give from_pipeline an eta > 0, or say weights='none'."
         )
     quiet = (~model.process.stochastic).nonzero()[:, 0].tolist()
-    if guidance is not None and quiet:
+    if guidance is not None and weights == "exact" and quiet:
         warnings.warn(
             f"guidance is off at steps {', '.join(map(str, quiet))}, where no noise is drawn.",
             stacklevel=2,
         )
-    for each in (reward, *also):
+    for each in (reward, getattr(guidance, "reward", None), *also):
         if isinstance(each, Composable):
             each.load()  # what cannot be loaded is no reason to have walked
+    if engine.bending is not None:
+        engine.bending.check()
     expected = footprint(model, batch) if progress else None
     if expected is not None:
         tqdm.write(str(expected))
@@ -157,6 +161,7 @@ def load(
     """
     saved = journal.read(folder)
     spec = spec_of(saved, sampler)
+    guidance = _guidance_of(spec.sampler, guidance)
     _check(model, reward, spec.sampler, None, None, None, spec.seed, guidance, spec.weights)
     _check_wishes(draws, also, batch, on_error)
     check_same_model(folder, saved.header, header(model, reward, guidance, spec))
@@ -308,6 +313,11 @@ def _end(engine: Engine, status: str) -> dict[str, Any]:
     return {"status": status, "first_error": engine.ledger.first_error}
 
 
+def _guidance_of(sampler: Any, given: Guidance | None) -> Guidance | None:
+    """The guidance of a run: the one given, or the sampler's own."""
+    return getattr(sampler, "guidance", None) if given is None else given
+
+
 def _check(model, reward, sampler, lam, kl, ess, seed, guidance, weights) -> None:
     if not isinstance(model, Model):
         hint = "steering.from_pipeline(pipe) makes one of a diffusers pipeline"
@@ -331,7 +341,11 @@ def _check(model, reward, sampler, lam, kl, ess, seed, guidance, weights) -> Non
         raise TypeError(f"seed={seed!r}: give an int.")
     if weights not in ("exact", "none"):
         raise ValueError(f"weights={weights!r}: give 'exact' or 'none'.")
-    lacking = [m for m in ("propose", "rows", "exact") if not hasattr(guidance, m)]
+    if isinstance(guidance, type):
+        name = guidance.__name__
+        raise TypeError(f"guidance={name} is a class: give an instance, {name}().")
+    needed = ("propose", "rows", "exact", "differentiates")
+    lacking = [m for m in needed if not hasattr(guidance, m)]
     if guidance is not None and lacking:
         raise TypeError(f"guidance={guidance!r} has no {', '.join(lacking)}: give a Guidance.")
     if guidance is not None and weights == "exact" and not guidance.exact:

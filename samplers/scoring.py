@@ -15,7 +15,7 @@ from torch import Tensor
 
 OnError = Literal["fail", "raise"]
 # An item cannot make these happen, a mistake in the program can: they always end the run.
-_PROGRAMMING = (TypeError, NameError, AttributeError, ImportError, NotImplementedError)
+PROGRAMMING = (TypeError, NameError, AttributeError, ImportError, NotImplementedError)
 _NOT_FINITE = "a decoded item that is not finite"
 _LOOK_SECONDS = 0.1  # between two looks at whether the run is to end
 _HELD = 64  # states that wait for their reward at most, where they are held
@@ -51,7 +51,7 @@ def call_reward(reward: Any, items: Any, prompts: Sequence[Any], on_error: OnErr
         with torch.no_grad():
             value = reward(items, list(prompts))
         scores = _as_scores(value, n, reward)
-    except _PROGRAMMING:
+    except PROGRAMMING:
         raise
     except WrongShapeError:
         raise

@@ -78,9 +78,23 @@ def header(model: Model, reward: Any, guidance: Guidance | None, spec: Spec) -> 
         "steps": model.process.steps,
         "prompts": [str(p) for p in model.prompts],
         "reward": reward_name(reward),
-        "guidance": None if guidance is None else type(guidance).__name__,
+        "guidance": None if guidance is None else _guidance_name(guidance),
         "spec": encode(spec),
     }
+
+
+def _guidance_name(guidance: Guidance) -> str:
+    """A guidance with its settings, its reward by name: what a record knows it by."""
+    name = type(guidance).__name__
+    if not dataclasses.is_dataclass(guidance):
+        return name
+    settings = {f.name: getattr(guidance, f.name) for f in dataclasses.fields(guidance)}
+    shown = {
+        key: reward_name(value) if callable(value) else value
+        for key, value in settings.items()
+        if value is None or callable(value) or isinstance(value, (bool, int, float, str, tuple))
+    }
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
 
 
 def spec_of(saved: journal.Saved, own: Sampler | None) -> Spec:

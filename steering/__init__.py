@@ -4,16 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from steering.core import Model
+from steering.guidance import DPS, MPGD, FlowChef, FlowDPS, FreeDoM
 from steering.pipelines import from_pipeline
 
 if TYPE_CHECKING:
-    from steering import cfg, metrics, operators, rewards, zoo
+    from steering import cfg, guidance, metrics, operators, rewards, zoo
     from steering.rewards.measure import measure
 
 __all__ = [
+    "DPS",
+    "MPGD",
+    "FlowChef",
+    "FlowDPS",
+    "FreeDoM",
     "Model",
     "cfg",
     "from_pipeline",
+    "guidance",
     "measure",
     "metrics",
     "operators",

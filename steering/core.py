@@ -88,6 +88,38 @@ class Reward(Protocol):
     def __call__(self, items: Any, prompts: Sequence[Any]) -> Tensor | Sequence[float]: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """N particles about to take a step each, and what a guidance may ask about them.
+
+    Args:
+        x: [N, *D] states.
+        i: [N] int64 their steps, on x's device.
+        row: [N] int64 their conditions, on the CPU.
+        key: [N] int64 noise key of each one's step, on x's device. The step itself draws from it: a
+            guidance that draws more takes children of it (`noise.child_key`).
+        lam: λ of the run: its target is p(x_0) · exp(λ · reward(x_0)).
+        process: the chain.
+        reward: what `score` asks.
+        denoise: (x, i, row) -> clean guesses, counted; with gradients where x requires them.
+        score: (clean, row) -> [N], reward(decode(clean), prompts[row]), differentiable.
+    """
+
+    x: Tensor
+    i: Tensor
+    row: Tensor
+    key: Tensor
+    lam: float
+    process: Process
+    reward: Any
+    denoise: Callable[[Tensor, Tensor, Tensor], Tensor]
+    score: Callable[[Tensor, Tensor], Tensor]
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.x)
+
+
 @dataclass(frozen=True)
 class Proposal:
     """What a guidance makes of one step: the engine samples `guided` and weighs it by `base`."""
@@ -95,35 +127,32 @@ class Proposal:
     base: Transition
     guided: Transition
     clean: Tensor  # [N, *D] the clean guess that `base` was made from
-    failed: Tensor  # [N] bool
+    failed: Tensor  # [N] bool; a particle whose gradient is not finite has failed
 
 
 class Guidance(Protocol):
-    """Bends a step. `exact` is False for methods whose kernel has no density."""
+    """Bends a step.
 
-    exact: bool
+    One that follows a reward of its own, instead of the run's, has it as an attribute `reward`; a
+    reward whose attribute `of_states` is true is asked about clean states, not decoded items.
+    """
 
-    def propose(
-        self,
-        x: Tensor,
-        i: Tensor,
-        row: Tensor,
-        denoise: Callable[[Tensor, Tensor, Tensor], Tensor],
-        score: Callable[[Tensor, Tensor], Tensor],
-        process: Process,
-    ) -> Proposal:
-        """Propose the law of the next state.
-
-        Args:
-            x: [N, *D] states at steps `i` [N]; `row` [N] their conditions.
-            denoise: counted call (x, i, row) -> clean, differentiable in x.
-            score: (clean, row) -> [N], reward(decode(clean), prompts[row]), differentiable.
-            process: the chain.
-        """
+    @property
+    def exact(self) -> bool:
+        """Has the guided kernel a density? False for methods that travel back in time."""
         ...
 
-    def rows(self, i: Tensor) -> Tensor:
-        """How many denoiser calls `propose` makes at steps i [N]: [N] int64."""
+    @property
+    def differentiates(self) -> bool:
+        """Does it need the network's gradient?"""
+        ...
+
+    def propose(self, step: Step) -> Proposal:
+        """The law of the next states, and what it would be unguided."""
+        ...
+
+    def rows(self, i: Tensor, steps: int) -> Tensor:
+        """How many denoiser calls `propose` makes at steps i [N] out of `steps`: [N] int64."""
         ...
 
 

@@ -215,6 +215,18 @@ class GaussianProcess:
             mean = mean + over_data(on_bound, x) * bounded + over_data(on_raw, x) * clean
         return NormalTransition(mean, std)
 
+    def carry(self, i: Tensor) -> Tensor:
+        """How far the next states go when clean guesses are moved by 1: [N] float32, for steps i.
+
+        The other end of the line through the state is held: on a flow (alpha + sigma = 1) the
+        velocity, so that both ends move, on a diffusion the noise,
+
+            on_x · (alpha + k · sigma) + on_clean + k · on_eps,        k = 1 on a flow, else 0
+
+        which is 1 for Euler's step on a flow and alpha' for DDIM's.
+        """
+        return _rows(self._carry, i)
+
     def to(self, device: torch.device | str) -> GaussianProcess:
         """The same chain with its tables on another device.
 
@@ -226,6 +238,18 @@ class GaussianProcess:
         kernel = Kernel(*(table.to(device) for table in vars(self.kernel).values()))
         tables = {name: getattr(self, name).to(device) for name in ("times", "alpha", "sigma")}
         return replace(self, kernel=kernel, **tables)
+
+    @cached_property
+    def straight(self) -> bool:
+        """Is this a flow, alpha + sigma = 1 at every level?"""
+        return bool(((self.alpha + self.sigma - 1).abs() < 1e-6).all())
+
+    @cached_property
+    def _carry(self) -> Tensor:
+        """[T] float32."""
+        k, held = self.kernel, float(self.straight)
+        along = self.alpha[:-1] + held * self.sigma[:-1]
+        return (k.on_x * along + k.on_clean + held * k.on_eps).float()
 
     @cached_property
     def _table(self) -> Tensor:

@@ -16,6 +16,7 @@ from samplers import SMC, BestOfN, sample
 from steering import from_pipeline
 from steering.core import Proposal
 from steering.gaussian import NormalTransition
+from steering.guidance.bend import through_network
 from tests.test_driven import BY_NAME, PROMPTS, driven, red, starts
 from tests.tiny_pipelines import stable_diffusion
 
@@ -158,18 +159,18 @@ class Climb:
 
     push: float
     exact: bool = True
+    differentiates: bool = True
 
-    def propose(self, x, i, row, denoise, score, process) -> Proposal:
-        x = x.detach().requires_grad_(True)
-        clean = denoise(x, i, row)
-        (slope,) = torch.autograd.grad(score(clean, row).sum(), x)
+    def propose(self, step) -> Proposal:
+        at = through_network(step)
+        slope, clean = at.gradient, at.clean
         assert slope.abs().sum() > 0
-        base = process.transition(x.detach(), i, clean.detach())
+        base = step.process.transition(step.x, step.i, clean)
         mean = base.mean + self.push * base.std.view(-1, 1, 1, 1) ** 2 * slope
         guided = NormalTransition(mean, base.std)
-        return Proposal(base, guided, clean.detach(), torch.zeros(len(x), dtype=torch.bool))
+        return Proposal(base, guided, clean, torch.zeros(len(step), dtype=torch.bool))
 
-    def rows(self, i: torch.Tensor) -> torch.Tensor:
+    def rows(self, i: torch.Tensor, steps: int) -> torch.Tensor:
         return torch.ones_like(i)
 
 

@@ -408,17 +408,19 @@ def test_ctrl_c_returns_what_was_found():
 class Shift:
     """Moves the mean of every step by `by` standard deviations: its weight has a closed form."""
 
+    differentiates = False
+
     def __init__(self, by: float, exact: bool = True) -> None:
         self.by, self.exact = by, exact
 
-    def rows(self, i: Tensor) -> Tensor:
+    def rows(self, i: Tensor, steps: int) -> Tensor:
         return torch.ones_like(i)
 
-    def propose(self, x, i, row, denoise, score, process) -> Proposal:
-        clean = denoise(x, i, row)
-        base = process.transition(x, i, clean)
+    def propose(self, step) -> Proposal:
+        clean = step.denoise(step.x, step.i, step.row)
+        base = step.process.transition(step.x, step.i, clean)
         guided = NormalTransition(base.mean + self.by * base.std[:, None], base.std)
-        return Proposal(base, guided, clean, torch.zeros(len(x), dtype=torch.bool))
+        return Proposal(base, guided, clean, torch.zeros(len(step), dtype=torch.bool))
 
 
 def test_guided_walks_carry_their_weight():

@@ -53,11 +53,12 @@ class NoDensity:
     """A guidance whose kernel has no density."""
 
     exact = False
+    differentiates = False
 
-    def propose(self, *arguments):
+    def propose(self, step):
         raise AssertionError("it was run")
 
-    def rows(self, i):
+    def rows(self, i, steps):
         return torch.ones_like(i)
 
 

@@ -26,7 +26,9 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
     "DiTPipeline": "dit",
+    "LabelPipeline": "unet2d",
 }
+_KNOWN = ("diffusers.", "steering.models.label_pipeline")  # modules that these are from
 
 
 def from_pipeline(
@@ -65,7 +67,8 @@ def from_pipeline(
             a chain without noise has nothing to branch on.
         height, width: in pixels; the pipeline's own when None.
         negative_prompts: one per prompt; what the pipeline takes for none (an empty text, or
-            zeros) when None. For class labels of pixel models, the null class.
+            zeros) when None. For class labels of pixel models, the null class; a `LabelPipeline`
+            knows its own.
         guidance_scale: one number, or one per prompt; the pipeline's default when None. Natively,
             rows at 1 or below cost one network row, the others two; where the scale is an input of
             the network (FLUX, LCM) all cost one.
@@ -133,7 +136,7 @@ def _family(pipe: Any, request: Request) -> str:
     """The native family that serves a pipeline and a request; NotNativeError if none does."""
     # a subclass that runs its family's own loop is of that family; one with its own loop is not
     owner = next(c for c in type(pipe).__mro__ if "__call__" in vars(c) or c is object)
-    if owner.__name__ not in FAMILIES or not owner.__module__.startswith("diffusers."):
+    if owner.__name__ not in FAMILIES or not owner.__module__.startswith(_KNOWN):
         raise NotNativeError(f"{type(pipe).__name__} has no native adapter")
     if request.call:
         raise NotNativeError(f"native adapters take no {', '.join(request.call)}")

@@ -47,6 +47,7 @@ def read_scheduler(
     steps: int,
     eta: float | None = None,
     mu: float | None = None,
+    even: bool = False,
 ) -> tuple[GaussianProcess, Prediction]:
     """The chain on a scheduler's own grid, and what its network puts out.
 
@@ -62,6 +63,7 @@ def read_scheduler(
         steps: T.
         eta: share of new noise in 0..1, or None.
         mu: dynamic shift, for schedulers with `use_dynamic_shifting`.
+        even: the pipeline sets FlowMatchEuler's sigmas to 1, 1 - 1/T, ..., 1/T, before any shift.
 
     Raises:
         ValueError: a scheduler, a setting or a number of steps that is not honoured, by name.
@@ -70,7 +72,7 @@ def read_scheduler(
         UserWarning: a solver of higher order; its grid is run with the first-order kernel.
     """
     name = check_scheduler(scheduler)
-    return read_grid(_on_grid(scheduler, name, steps, mu), shape, eta=eta)
+    return read_grid(_on_grid(scheduler, name, steps, mu, even), shape, eta=eta)
 
 
 def check_scheduler(scheduler: Any) -> str:
@@ -133,7 +135,7 @@ def _prediction(config: Any, name: str) -> Prediction:
     return "flow" if name in FLOWS else PREDICTIONS[config.prediction_type]
 
 
-def _on_grid(scheduler: Any, name: str, steps: int, mu: float | None) -> Any:
+def _on_grid(scheduler: Any, name: str, steps: int, mu: float | None, even: bool) -> Any:
     """A fresh scheduler of the same configuration with its grid of `steps` set."""
     limit = scheduler.config.num_train_timesteps
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= limit:
@@ -146,13 +148,13 @@ def _on_grid(scheduler: Any, name: str, steps: int, mu: float | None) -> Any:
     if name == "PNDM":  # its warm-up adds times for Runge-Kutta stages; the grid is the same
         settings["skip_prk_steps"] = True
     fresh = type(scheduler).from_config(settings)
+    more: dict[str, Any] = {"mu": mu} if scheduler.config.get("use_dynamic_shifting") else {}
     if name == "FlowMatchEulerDiscrete":
         fresh.set_shift(scheduler.shift)
+        if even:
+            more["sigmas"] = [1 - i / steps for i in range(steps)]
     try:
-        if scheduler.config.get("use_dynamic_shifting"):
-            fresh.set_timesteps(steps, mu=mu)
-        else:
-            fresh.set_timesteps(steps)
+        fresh.set_timesteps(steps, **more)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"{name}Scheduler has no grid of steps={steps}: {error}") from error
     return fresh

@@ -1,4 +1,4 @@
-"""Pixel pipelines with a `UNet2DModel`, unconditional or class-conditional: DDPM and DDIM."""
+"""Pixel pipelines with a `UNet2DModel`: DDPM and DDIM, and by class label our `LabelPipeline`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def build(pipe: Any, request: Request) -> Model:
     request.only_size(height, width)
     request.refuse("preview", because="states of this model are images already")
     shape = (config.in_channels, height, width)
-    chain = read_scheduler(pipe.scheduler, shape, steps=request.steps, eta=request.eta)
-    positive, negative, scale = _classes(unet, request, pipe._execution_device)
+    null_class = getattr(pipe, "null_class", None)  # which a `LabelPipeline` has
+    even = null_class is not None
+    chain = read_scheduler(pipe.scheduler, shape, steps=request.steps, eta=request.eta, even=even)
+    positive, negative, scale = _classes(unet, request, null_class, pipe._execution_device)
     return conditional_model(
         pipe,
         request,
@@ -52,7 +54,7 @@ class PixelCodec:
 
 
 def _classes(
-    unet: Any, request: Request, device: torch.device
+    unet: Any, request: Request, null_class: int | None, device: torch.device
 ) -> tuple[Conditions, Conditions | None, Tensor]:
     """Tables of labels and of null labels, and the guidance scales."""
     if unet.class_embedding is None:
@@ -69,12 +71,15 @@ def _classes(
         )
     labels = request.labels("prompts", count)
     scale = request.scales(default=1.0)
-    if request.negative_prompts is None:
+    if request.negative_prompts is not None:
+        null = request.labels("negative_prompts", count)
+    elif null_class is not None:
+        null = torch.full_like(labels, null_class)
+    else:
         if (scale > 1).any():
             raise ValueError(
                 "guidance_scale is above 1, but negative_prompts is missing: "
                 "give the label that the model was trained to take as no class."
             )
         return {"class_labels": labels.to(device)}, None, scale
-    null = request.labels("negative_prompts", count)
     return {"class_labels": labels.to(device)}, {"class_labels": null.to(device)}, scale

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -40,9 +41,11 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
     """A built-in checkpoint, in evaluation mode and without gradients on its weights.
 
     Args:
-        name: "mnist", an unconditional `DDIMPipeline` of images [N,1,28,28] in [-1,1]; or
+        name: "mnist", an unconditional `DDIMPipeline` of images [N,1,28,28] in [-1,1];
+            "mnist-flow", a `LabelPipeline` (`steering.models.label_pipeline`) of the same images by
+            their digit, a rectified flow; "mnist-flow-base", the same before its reflow; or
             "mnist-classifier", a `Classifier` of images [N,1,28,28] in [0,1].
-        dtype: of the weights; None keeps the stored one, float32.
+        dtype: of the weights; float32 when None.
         device: where the weights go.
 
     Raises:
@@ -91,6 +94,27 @@ def _mnist(dtype: torch.dtype | None, device: str | torch.device) -> Any:
     return pipe
 
 
+def _flow(name: str, dtype: torch.dtype | None, device: str | torch.device) -> Any:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
+
+    from steering.models.label_pipeline import LabelPipeline
+
+    folder = _HERE / name
+    unet = UNet2DModel.from_pretrained(
+        folder / "unet", torch_dtype=torch.float32, local_files_only=True
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+        folder / "scheduler", local_files_only=True
+    )
+    pipe = LabelPipeline(unet.requires_grad_(False), scheduler)
+    pipe.to(device=device, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def _mnist_classifier(dtype: torch.dtype | None, device: str | torch.device) -> Classifier:
     folder = _HERE / "mnist-classifier"
     model = Classifier(**json.loads((folder / "config.json").read_text()))
@@ -98,4 +122,9 @@ def _mnist_classifier(dtype: torch.dtype | None, device: str | torch.device) -> 
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-_LOADERS = {"mnist": _mnist, "mnist-classifier": _mnist_classifier}
+_LOADERS = {
+    "mnist": _mnist,
+    "mnist-flow": partial(_flow, "mnist-flow"),
+    "mnist-flow-base": partial(_flow, "mnist-flow-base"),
+    "mnist-classifier": _mnist_classifier,
+}

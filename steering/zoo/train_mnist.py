@@ -10,9 +10,6 @@ started again with the same `--out`, it goes on from there.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +17,18 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-BATCH = 64
+from steering.zoo.training import fit
+
 PEAK_LR = 2e-3
-WARMUP_STEPS = 300
-EMA_DECAY = 0.999
-SNAPSHOTS = 80
 
 
-def build_unet() -> UNet2DModel:
-    """The network: 28, 14 and 7 pixels with 16, 16 and 48 channels, attention at 7 pixels."""
+def build_unet(classes: int | None = None) -> UNet2DModel:
+    """The network: 28, 14 and 7 pixels with 16, 16 and 48 channels, attention at 7 pixels.
+
+    With `classes`, an embedding of so many labels is added to that of the time.
+    """
     return UNet2DModel(
         sample_size=28,
         in_channels=1,
@@ -43,6 +39,7 @@ def build_unet() -> UNet2DModel:
         up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
         attention_head_dim=16,
+        num_class_embeds=classes,
     )
 
 
@@ -73,11 +70,6 @@ def velocity_loss(unet: nn.Module, x: Tensor, alpha_bar: Tensor, rng: torch.Gene
     return (unet(a * x + s * z, t).sample - (a * z - s * x)).square().mean()
 
 
-def learning_rate(step: int, fraction: float) -> float:
-    """Linear warm-up in steps, then a cosine to 0 over the fraction of the time used."""
-    return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * fraction))
-
-
 def save_pipeline(weights: dict[str, Tensor], out: Path) -> None:
     """Write a pipeline folder with these weights."""
     unet = build_unet()
@@ -85,111 +77,22 @@ def save_pipeline(weights: dict[str, Tensor], out: Path) -> None:
     DDIMPipeline(unet=unet, scheduler=build_scheduler()).save_pretrained(out)
 
 
-def save_state(
-    path: Path,
-    unet: nn.Module,
-    ema: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    rng: torch.Generator,
-    progress: dict,
-) -> None:
-    """Everything that `load_state` needs to go on, in one safetensors file."""
-    tensors = {"rng": rng.get_state()}
-    for name, p in unet.named_parameters():
-        tensors[f"unet/{name}"] = p.detach().clone()
-        tensors[f"ema/{name}"] = ema[name].clone()
-        for key, value in optimizer.state[p].items():
-            tensors[f"adam/{key}/{name}"] = value.clone()
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"progress": json.dumps(progress)})
-    part.replace(path)  # never a half-written state under the name that is resumed from
-
-
-def load_state(
-    path: Path,
-    unet: nn.Module,
-    ema: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    rng: torch.Generator,
-) -> dict:
-    """Restore what `save_state` wrote, in place; returns the progress."""
-    tensors = load_file(path)
-    rng.set_state(tensors["rng"])
-    for name, p in unet.named_parameters():
-        p.data.copy_(tensors[f"unet/{name}"])
-        ema[name].copy_(tensors[f"ema/{name}"])
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[p] = {key: tensors[f"adam/{key}/{name}"] for key in keys}
-    with safe_open(path, "pt") as f:
-        return json.loads(f.metadata()["progress"])
-
-
 def train(data: Path, minutes: float, threads: int, out: Path, seed: int) -> None:
     """Train for so many minutes of wall time, this and earlier starts together."""
     torch.set_num_threads(threads)
     rng = torch.Generator().manual_seed(seed)
-    out.mkdir(parents=True, exist_ok=True)
     with np.load(data / "mnist.npz") as arrays:
         images = torch.from_numpy(arrays["x_train"])[:, None]
     # weights are initialised by the global generator: seed it here, and leave it as it was
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         unet = build_unet()
-    params = dict(unet.named_parameters())
-    ema = {name: p.detach().clone() for name, p in params.items()}
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=0.0, weight_decay=1e-3, fused=True)
     alpha_bar = build_scheduler().alphas_cumprod
 
-    state, log = out / "state.safetensors", out / "train.jsonl"
-    progress = {"step": 0, "wall": 0.0, "cpu": 0.0, "logged": 0}
-    if state.exists():
-        progress = load_state(state, unet, ema, optimizer, rng)
-    else:
-        log.unlink(missing_ok=True)
-    step = progress["step"]
-    wall, cpu = time.monotonic() - progress["wall"], time.process_time() - progress["cpu"]
-    order, losses, fraction = torch.empty(0, dtype=torch.long), [], 0.0
-    while fraction < 1:
-        fraction = min(1.0, (time.monotonic() - wall) / (60 * minutes))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, fraction)
-        if len(order) < BATCH:
-            order = torch.randperm(len(images), generator=rng)
-        batch, order = order[:BATCH], order[BATCH:]
-        loss = velocity_loss(unet, images[batch].float() / 127.5 - 1, alpha_bar, rng)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        losses.append(loss.item())
-        # a young average forgets faster, so that early snapshots are of use
-        decay = min(EMA_DECAY, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for name, average in ema.items():
-                average.lerp_(params[name], 1 - decay)
-        if fraction * SNAPSHOTS >= progress["logged"] + 1 or fraction == 1:
-            progress = {
-                "step": step,
-                "wall": time.monotonic() - wall,
-                "cpu": time.process_time() - cpu,
-                "logged": math.floor(fraction * SNAPSHOTS),
-            }
-            line = {
-                "step": step,
-                "images": step * BATCH,
-                "loss": round(sum(losses) / len(losses), 5),
-                "lr": optimizer.param_groups[0]["lr"],
-                "cpu_seconds": round(progress["cpu"], 1),
-                "wall_seconds": round(progress["wall"], 1),
-            }
-            losses = []
-            with log.open("a") as f:
-                f.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
-            save_pipeline(ema, out)
-            save_state(state, unet, ema, optimizer, rng, progress)
-    state.unlink()
+    def loss(rows: Tensor) -> Tensor:
+        return velocity_loss(unet, images[rows].float() / 127.5 - 1, alpha_bar, rng)
+
+    fit(unet, loss, len(images), lambda w: save_pipeline(w, out), out, minutes, PEAK_LR, rng)
 
 
 def main() -> None:

@@ -16,12 +16,13 @@ class Push:
 
     push: float
     exact: bool = True
+    differentiates: bool = False
 
-    def propose(self, x, i, row, denoise, score, process) -> Proposal:
-        clean = denoise(x, i, row)
-        base = process.transition(x, i, clean)
+    def propose(self, step) -> Proposal:
+        clean = step.denoise(step.x, step.i, step.row)
+        base = step.process.transition(step.x, step.i, clean)
         guided = NormalTransition(base.mean + self.push * base.std[:, None] ** 2, base.std)
-        return Proposal(base, guided, clean, torch.zeros(len(x), dtype=torch.bool))
+        return Proposal(base, guided, clean, torch.zeros(len(step), dtype=torch.bool))
 
-    def rows(self, i: torch.Tensor) -> torch.Tensor:
+    def rows(self, i: torch.Tensor, steps: int) -> torch.Tensor:
         return torch.ones_like(i)

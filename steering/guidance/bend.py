@@ -1,0 +1,158 @@
+"""What guidances share: where they act, the two gradients of a reward, and the bent kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from steering.core import Proposal, Step
+from steering.gaussian import GaussianProcess, NormalTransition, over_data
+from steering.guidance.rules import Rule
+
+Window = tuple[float, float]
+Jacobian = Literal["skip", "full"]
+
+
+@dataclass(frozen=True, eq=False)
+class Slope:
+    """A reward and its gradient at the clean guesses of N particles."""
+
+    clean: Tensor  # [N, *D] the guesses, without gradients
+    value: Tensor  # [N] float32
+    gradient: Tensor  # [N, *D] float32; 0 where it is not finite
+    failed: Tensor  # [N] bool: the value or the gradient is not finite
+
+
+def inside(window: Window, i: Tensor, steps: int) -> Tensor:
+    """Which of the steps i [N] lie in a window of shares: floor(start · T) <= i < floor(stop · T),
+    counted from the noise: [N] bool, on i's device."""
+    return (i >= int(window[0] * steps)) & (i < int(window[1] * steps))
+
+
+def check_window(window: object, name: str = "window") -> None:
+    """ValueError unless `window` is (start, stop), shares of the steps; `name` is its argument."""
+    good = (
+        isinstance(window, (tuple, list))
+        and len(window) == 2
+        and all(isinstance(share, Real) and not isinstance(share, bool) for share in window)
+        and 0 <= window[0] < window[1] <= 1
+    )
+    if not good:
+        raise ValueError(
+            f"{name}={window!r}: give (start, stop), shares of the steps counted from the noise, "
+            "0 <= start < stop <= 1."
+        )
+
+
+def check_jacobian(jacobian: object) -> None:
+    """ValueError unless `jacobian` is "skip" or "full"."""
+    if jacobian not in ("skip", "full"):
+        raise ValueError(
+            f"jacobian={jacobian!r}: give 'skip', the gradient at the clean guess, or 'full', "
+            "through the network."
+        )
+
+
+def check_inner(inner: object) -> None:
+    """ValueError unless `inner` is a whole number, at least 1."""
+    if isinstance(inner, bool) or not isinstance(inner, int) or inner < 1:
+        raise ValueError(f"inner={inner!r}: give a whole number >= 1.")
+
+
+def gaussian(step: Step) -> GaussianProcess:
+    """The chain, which must be a Gaussian one.
+
+    Raises:
+        TypeError: it is another.
+    """
+    if not isinstance(step.process, GaussianProcess):
+        raise TypeError(
+            f"this guidance moves states of a Gaussian chain, and the model's is a "
+            f"{type(step.process).__name__}."
+        )
+    return step.process
+
+
+def at_guess(step: Step, clean: Tensor) -> Slope:
+    """∇_c reward(c) at clean guesses [N, *D]: the network is not differentiated."""
+    with torch.enable_grad():
+        point = clean.detach().requires_grad_(True)
+        value = step.score(point, step.row)
+        (gradient,) = torch.autograd.grad(value.sum(), point)
+    return _slope(clean.detach(), value, gradient)
+
+
+def through_network(step: Step) -> Slope:
+    """∇_x reward(c(x)) at the particles' states: clean guesses are made on the way."""
+    with torch.enable_grad():
+        x = step.x.detach().requires_grad_(True)
+        clean = step.denoise(x, step.i, step.row)
+        value = step.score(clean, step.row)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return _slope(clean.detach(), value, gradient)
+
+
+def move_guess(step: Step, clean: Tensor, move: Rule, inner: int) -> tuple[Tensor, Tensor]:
+    """Clean guesses [N, *D] after `inner` moves along ∇_c reward(c), the network's output held, and
+    which have failed [N]."""
+    sigma = gaussian(step).sigma[step.i].float()
+    failed = torch.zeros_like(step.i, dtype=torch.bool)
+    for _ in range(inner):
+        at = at_guess(step, clean)
+        clean = clean + move(at.value, at.gradient, sigma)
+        failed = failed | at.failed
+    return clean, failed
+
+
+def _slope(clean: Tensor, value: Tensor, gradient: Tensor) -> Slope:
+    failed = ~(value.isfinite() & gradient.flatten(1).isfinite().all(1))
+    gradient = torch.where(over_data(failed, gradient), 0.0, gradient)
+    return Slope(clean, value.detach(), gradient, failed)
+
+
+def part(step: Step, pick: Tensor) -> Step:
+    """Particles `pick` [K] int64, on x's device, of a step."""
+    if len(pick) == len(step):  # what a guidance asks of the whole step may be known already
+        return step
+    kept = {name: value for name, value in vars(step).items() if name not in ("x", "i", "key")}
+    kept["row"] = step.row[pick.cpu()]
+    return Step(x=step.x[pick], i=step.i[pick], key=step.key[pick], **kept)
+
+
+def shifted(step: Step, clean: Tensor, shift: Tensor, failed: Tensor) -> Proposal:
+    """The model's own kernel from clean guesses [N, *D], its mean moved by shift [N, *D]."""
+    base = gaussian(step).transition(step.x, step.i, clean)
+    return Proposal(base, NormalTransition(base.mean + shift, base.std), clean, failed)
+
+
+# what a guidance makes of particles that it acts on, and of their clean guesses where the network
+# is not differentiated: (clean [K, *D], shift of the next states [K, *D], failed [K])
+Act = Callable[[Step, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+
+
+def bent_within(window: Window, step: Step, act: Act, *, differentiates: bool) -> Proposal:
+    """The kernel bent by `act` for particles inside a window, and the model's own for the others.
+
+    Without the network's gradient all particles share one call of it.
+    """
+    process = gaussian(step)
+    active = inside(window, step.i, process.steps)
+    pick, rest = active.nonzero().flatten(), (~active).nonzero().flatten()
+    shift, failed = torch.zeros_like(step.x), torch.zeros_like(active)
+    if not differentiates:
+        clean = step.denoise(step.x, step.i, step.row)
+        if len(pick):
+            _, shift[pick], failed[pick] = act(part(step, pick), clean[pick])
+        return shifted(step, clean, shift, failed)
+    clean = torch.empty_like(step.x)
+    if len(rest):
+        still = part(step, rest)
+        clean[rest] = step.denoise(still.x, still.i, still.row)
+    if len(pick):
+        clean[pick], shift[pick], failed[pick] = act(part(step, pick), None)
+    return shifted(step, clean, shift, failed)
