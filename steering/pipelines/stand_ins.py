@@ -60,7 +60,7 @@ def remembering(vae: nn.Module) -> nn.Module:
 
 def passing(pipe: Any) -> dict[str, Any]:
     """Stand-ins for a pipeline's image processors, by name: they clamp images to [0, 1] as it does,
-    but gradients pass."""
+    but gradients that lead back into the range pass."""
     from diffusers.image_processor import VaeImageProcessor
 
     stand_ins: dict[str, Any] = {}
