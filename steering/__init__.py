@@ -4,7 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from steering.core import Model
-from steering.guidance import DPS, MPGD, FlowChef, FlowDPS, FreeDoM
+from steering.guidance import (
+    DPS,
+    MPGD,
+    ClassifierGuidance,
+    FlowChef,
+    FlowDPS,
+    FreeDoM,
+    Twist,
+    jacobian_cosine,
+)
 from steering.pipelines import from_pipeline
 
 if TYPE_CHECKING:
@@ -14,13 +23,16 @@ if TYPE_CHECKING:
 __all__ = [
     "DPS",
     "MPGD",
+    "ClassifierGuidance",
     "FlowChef",
     "FlowDPS",
     "FreeDoM",
     "Model",
+    "Twist",
     "cfg",
     "from_pipeline",
     "guidance",
+    "jacobian_cosine",
     "measure",
     "metrics",
     "operators",

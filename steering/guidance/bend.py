@@ -84,7 +84,7 @@ def at_guess(step: Step, clean: Tensor) -> Slope:
         point = clean.detach().requires_grad_(True)
         value = step.score(point, step.row)
         (gradient,) = torch.autograd.grad(value.sum(), point)
-    return _slope(clean.detach(), value, gradient)
+    return slope_of(clean.detach(), value, gradient)
 
 
 def through_network(step: Step) -> Slope:
@@ -94,7 +94,7 @@ def through_network(step: Step) -> Slope:
         clean = step.denoise(x, step.i, step.row)
         value = step.score(clean, step.row)
         (gradient,) = torch.autograd.grad(value.sum(), x)
-    return _slope(clean.detach(), value, gradient)
+    return slope_of(clean.detach(), value, gradient)
 
 
 def move_guess(step: Step, clean: Tensor, move: Rule, inner: int) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,8 @@ def move_guess(step: Step, clean: Tensor, move: Rule, inner: int) -> tuple[Tenso
     return clean, failed
 
 
-def _slope(clean: Tensor, value: Tensor, gradient: Tensor) -> Slope:
+def slope_of(clean: Tensor, value: Tensor, gradient: Tensor) -> Slope:
+    """Where value [N] or gradient [N, *D] is not finite, a particle has failed and stays."""
     failed = ~(value.isfinite() & gradient.flatten(1).isfinite().all(1))
     gradient = torch.where(over_data(failed, gradient), 0.0, gradient)
     return Slope(clean, value.detach(), gradient, failed)
