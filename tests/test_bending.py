@@ -147,6 +147,14 @@ def test_a_reward_of_states_is_asked_about_states():
     assert (states - 3.0).abs().max() < 1e-5
 
 
+def test_a_reward_of_states_may_be_the_runs_own():
+    model = replace(gaussian_chain(steps=6, dim=1), decode=lambda x: x * 0 + 7)
+    reward = Near(y=3.0)
+    reward.of_states = True
+    run = sample(model, reward, BestOfN(6), guidance=FlowChef(step=1.0), weights="none", **QUIET)
+    assert (run.rewards.abs() < 1e-8).all()
+
+
 @pytest.mark.parametrize("weights", ["exact", "none"])
 def test_on_an_ode_a_guidance_needs_no_weights(weights):
     model = gaussian_chain(steps=6, dim=1, eta=0.0)
