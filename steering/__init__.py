@@ -8,13 +8,17 @@ from steering.guidance import FlowChef
 from steering.pipelines import from_pipeline
 
 if TYPE_CHECKING:
-    from steering import cfg, guidance, metrics, operators, rewards, zoo
+    from steering import cfg, editing, guidance, metrics, operators, rewards, zoo
+    from steering.editing import FlowChefEdit, flow_edit
     from steering.rewards.measure import measure
 
 __all__ = [
     "FlowChef",
+    "FlowChefEdit",
     "Model",
     "cfg",
+    "editing",
+    "flow_edit",
     "from_pipeline",
     "guidance",
     "measure",
@@ -24,7 +28,12 @@ __all__ = [
     "zoo",
 ]
 
-_FUNCTIONS = {"measure": "steering.rewards.measure"}  # where those are that are no submodules
+# where those are that are no submodules
+_FUNCTIONS = {
+    "FlowChefEdit": "steering.editing",
+    "flow_edit": "steering.editing",
+    "measure": "steering.rewards.measure",
+}
 
 
 def __getattr__(name: str) -> Any:
