@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from steering.core import Model
-from steering.guidance import FlowChef
+from steering.guidance import DPS, MPGD, FlowChef, FlowDPS, FreeDoM
 from steering.pipelines import from_pipeline
 
 if TYPE_CHECKING:
@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from steering.rewards.measure import measure
 
 __all__ = [
+    "DPS",
+    "MPGD",
     "FlowChef",
     "FlowChefEdit",
+    "FlowDPS",
+    "FreeDoM",
     "Model",
     "cfg",
     "editing",

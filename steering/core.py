@@ -157,9 +157,24 @@ class Guidance(Protocol):
         ...
 
 
+class _Clamp(torch.autograd.Function):
+    """Values are clamped to [0, 1]; gradients pass, so that what is out of range can come back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
 def images_in_unit_range(x: Tensor) -> Tensor:
-    """Pixels in [-1, 1] -> images in [0, 1], clamped: the decode of pixel models."""
-    return (x / 2 + 0.5).clamp(0, 1)
+    """Pixels in [-1, 1] -> images in [0, 1], clamped: the decode of pixel models.
+
+    Gradients pass where it clamps, as if it did not: a guess out of range can be pulled back.
+    """
+    return _Clamp.apply(x / 2 + 0.5)
 
 
 @dataclass(frozen=True)
@@ -171,6 +186,8 @@ class Model:
         process: the chain.
         decode: clean states [N, *D] -> items (images [N, C, H, W] in [0, 1]); default: as they are.
         preview: the same, rough and quick, for guesses on the way; None is `decode`.
+        encode: images [N, C, H, W] in [0, 1] -> clean states [N, *D] float32, what `decode` undoes,
+            differentiable; None where there is no way back.
         prompts: R entries, what each condition asks for, handed to rewards; (None,) is nothing.
         device: where states live.
         name: for records and error messages.
@@ -183,6 +200,7 @@ class Model:
     process: Process
     decode: Callable[[Tensor], Any] = field(default=lambda x: x)
     preview: Callable[[Tensor], Any] | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
     prompts: tuple[Any, ...] = (None,)
     device: torch.device = torch.device("cpu")
     name: str = "model"

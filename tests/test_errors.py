@@ -19,7 +19,7 @@ from samplers import (
     sample,
 )
 from search.widen import Widening
-from steering import Model, from_pipeline, zoo
+from steering import Model, from_pipeline, measure, operators, zoo
 from steering.rewards import (
     Aesthetic,
     Classifier,
@@ -189,6 +189,18 @@ PARTS = {
     "imscore": (lambda: Imscore("hps"), "scorer"),
     "imscore-model": (lambda: Imscore("hpsv2.1", "/no/such/folder"), "model"),
     "from-pil": (lambda: from_pil(3), "from_pil"),
+    "box": (lambda: operators.Box(0), "size"),
+    "share": (lambda: operators.Random(1.5), "share"),
+    "factor": (lambda: operators.Downsample(1.5), "factor"),
+    "sigma": (lambda: operators.Blur(-1.0), "sigma"),
+    "blur-size": (lambda: operators.Blur(1.0, size=4), "size"),
+    "observe-noise": (lambda: operators.observe(abs, torch.ones(1), noise=-1.0), "noise"),
+    "measure-class": (lambda: measure(operators.Box, torch.ones(1, 8, 8)), "A is the class Box"),
+    "measure-nothing": (lambda: measure(None, torch.ones(1, 8, 8)), "A is a NoneType"),
+    "measure-y": (lambda: measure(abs, "cat"), "y is str"),
+    "measure-y-nan": (lambda: measure(abs, torch.tensor([math.nan])), "y is"),
+    "measure-noise": (lambda: measure(abs, torch.ones(3), noise=-1.0), "noise"),
+    "measure-space": (lambda: measure(abs, torch.ones(3), space="pixels"), "space"),
     "zoo": (lambda: zoo.load("imagenet"), "imagenet"),
     "zoo-reference": (lambda: zoo.reference("cifar"), "cifar"),
     "prompts-empty": (
