@@ -13,7 +13,7 @@ from torch import Tensor
 from steering.core import Model, Proposal, Step
 from steering.editing.states import check_shape, check_state, of_rows
 from steering.gaussian import GaussianProcess, NormalTransition, over_data
-from steering.guidance.bend import Window, check_window, gaussian, inside
+from steering.guidance.bend import Window, check_inner, check_window, gaussian, inside
 from steering.guidance.rules import RuleName, check_rule, check_step, rule_for
 from steering.pipelines.request import digest
 
@@ -136,8 +136,7 @@ class FlowChefEdit:
             raise ValueError(f"scale={self.scale!r}: give a finite number >= 0.")
         if self.scale and self.base is None:
             raise ValueError(f"scale={self.scale} without base: give the condition of v_base.")
-        if isinstance(self.inner, bool) or not isinstance(self.inner, int) or self.inner < 1:
-            raise ValueError(f"inner={self.inner!r}: give a whole number >= 1.")
+        check_inner(self.inner)
         if not _is_number(self.full_source) or not 0 <= self.full_source <= 1:
             raise ValueError(f"full_source={self.full_source!r}: give a share of the steps, 0..1.")
         base = dict(self.base) if isinstance(self.base, Mapping) else self.base
