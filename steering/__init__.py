@@ -17,7 +17,8 @@ from steering.guidance import (
 from steering.pipelines import from_pipeline
 
 if TYPE_CHECKING:
-    from steering import cfg, guidance, metrics, operators, rewards, zoo
+    from steering import cfg, editing, guidance, metrics, operators, rewards, zoo
+    from steering.editing import FlowChefEdit, flow_edit
     from steering.rewards.measure import measure
 
 __all__ = [
@@ -25,11 +26,14 @@ __all__ = [
     "MPGD",
     "ClassifierGuidance",
     "FlowChef",
+    "FlowChefEdit",
     "FlowDPS",
     "FreeDoM",
     "Model",
     "Twist",
     "cfg",
+    "editing",
+    "flow_edit",
     "from_pipeline",
     "guidance",
     "jacobian_cosine",
@@ -40,7 +44,12 @@ __all__ = [
     "zoo",
 ]
 
-_FUNCTIONS = {"measure": "steering.rewards.measure"}  # where those are that are no submodules
+# where those are that are no submodules
+_FUNCTIONS = {
+    "FlowChefEdit": "steering.editing",
+    "flow_edit": "steering.editing",
+    "measure": "steering.rewards.measure",
+}
 
 
 def __getattr__(name: str) -> Any:

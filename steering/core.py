@@ -134,7 +134,8 @@ class Guidance(Protocol):
     """Bends a step.
 
     One that follows a reward of its own, instead of the run's, has it as an attribute `reward`; a
-    reward whose attribute `of_states` is true is asked about clean states, not decoded items.
+    reward whose attribute `of_states` is true is asked about clean states, not decoded items. One
+    that does not suit every model has a method `check(model)`, which raises before the first row.
     """
 
     @property
