@@ -86,7 +86,8 @@ def test_a_scheduler_of_second_order_is_followed_too():
     found = pipe(LABELS, 3, latents=x, output_type="latent").images
 
     def slope(x, sigma):
-        return pipe.unet(x, 1000 * sigma, class_labels=torch.tensor(LABELS)).sample
+        t = torch.tensor(1000 * sigma)  # as a plain number it would be cut to a whole one
+        return pipe.unet(x, t, class_labels=torch.tensor(LABELS)).sample
 
     sigmas = torch.linspace(1, 0.001, 3).tolist()  # this scheduler's own levels
     for here, there in itertools.pairwise(sigmas):
