@@ -81,6 +81,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path):
     second = lines()[1]
     run()
     after = lines()[3:]
+    assert lines()[1] == second
     assert second["step"] < after[0]["step"]
     assert second["wall_seconds"] <= after[0]["wall_seconds"]
     steps = [line["step"] for line in after]
