@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -96,9 +98,11 @@ def main() -> None:
     floor = frechet(moments("mnist-train"), moments("mnist-test"), extractor=EXTRACTOR).value
     result["frechet_train_test"] = floor
     out = sys.stdout
-    out.write(f"{n} samples, seed {args.seed}; train against test images: {floor:.3f}\n")
+    out.write(f"command: python -m steering.zoo.evaluate_flow {shlex.join(sys.argv[1:])}\n")
+    out.write(f"machine: {platform.machine()}, one thread of torch {torch.__version__}\n")
+    out.write(f"{n} samples, seed {args.seed}; straightness of {min(n, 200)}, ")
+    out.write(f"seed {args.seed + 1}; train against test images: {floor:.3f}\n")
     for name, pipe in pipes.items():
-        # of other noise than is judged below
         bent = straightness(pipe, *start(min(n, 200), args.seed + 1))
         result[name] = {"straightness": bent}
         out.write(f"\n{name}: straightness {bent:.4f} (0 is straight)\n")
