@@ -122,14 +122,24 @@ def test_an_edit_costs_two_calls_and_a_base_that_edits_nothing_one():
 
 
 def test_weights_undo_the_edit():
-    """E[w] = 1 under the guided chain, on a stochastic one, for steps that draw noise."""
+    """E[w] = 1, and weighted draws have the plain chain's mean, which an affine denoiser's chain
+    carries from step to step; the edit's own is far from it."""
     process = flow((1,), torch.tensor([1.0, 0.6, 0.3, 0.1]), eta=1.0)
     model = Model(Gaussians(process, (1.0, -1.0), (0.5, 0.5)), process, prompts=("e", "b"))
-    edit = FlowChefEdit(torch.zeros(1), torch.ones(1), base=1, scale=0.5, step=0.05)
+    both = {0: 1, 1: 0}
+    edit = FlowChefEdit(torch.zeros(1), torch.full((1,), 0.5), both, scale=0.3, step=0.1)
     run = sample(model, nothing, Importance(4000), guidance=edit, progress=False)
-    # the weights' spread is below 1: 5 standard errors of 4000 draws
-    assert run.log_z.exp() == pytest.approx([1.0, 1.0], abs=0.08)
-    assert run.log_z.abs().min() > 0
+    mean, row = torch.zeros(2, 1), torch.arange(2)
+    for i in torch.arange(3):
+        clean = model.denoiser(mean, process.time(i.expand(2)), row)
+        mean = process.transition(mean, i.expand(2), clean).mean
+    # 4000 draws of spread below 0.5 and weights of spread below 1: about 3 standard errors
+    assert run.log_z.exp().tolist() == pytest.approx([1.0, 1.0], abs=0.06)
+    for r in row:
+        weighted = (run.weights * run.items[:, 0])[run.rows == r].sum()
+        weighted /= run.weights[run.rows == r].sum()
+        assert float(weighted) == pytest.approx(float(mean[r]), abs=0.03)
+        assert abs(float(run.items[run.rows == r].mean() - mean[r])) > 0.06
 
 
 def test_the_step_of_a_preset_is_the_published_update():
