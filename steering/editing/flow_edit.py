@@ -82,16 +82,14 @@ def flow_edit(
     before, after = (_rows(k, v, edits, len(model.prompts)) for k, v in several.items())
     source = source.to(model.device)
     process = _from_source(chain, skipped)
-    settings = (
-        f"from_row={before.tolist()}, to_row={after.tolist()}, start={skipped}/{chain.steps}, "
-        f"averages={averages}, seed={seed}"
-    )
+    rows = digest(torch.stack([before, after]))
+    settings = f"source=#{digest(source)}, rows=#{rows}, start={skipped}/{chain.steps}, averages={averages}, seed={seed}"
     return replace(
         model,
         denoiser=FlowEditDenoiser(model.denoiser, process, source, before, after, averages, seed),
         process=process,
         prompts=tuple(model.prompts[r] for r in after.tolist()),
-        name=f"flow_edit({model.name}, source=#{digest(source)}, {settings})",
+        name=f"flow_edit({model.name}, {settings})",
         about=f"{model.about}; edits {edits} by FlowEdit" if model.about else "edits by FlowEdit",
     )
 
