@@ -8,10 +8,12 @@ half to keep; `flow_edit` is not. Beside them what is trivial: the image as it i
 the digit asked for, and that sample pasted into the half that may change.
 
 All settings are chosen by one search on 100 images, for the share of edits that arrive: the
-built-in classifier sees the digit asked for, and the half to keep has a PSNR of at least 20 dB.
-Ties go to the smaller Fréchet distance. The figures are those of the other 150 images. PSNR is of
-images in [0, 1], the mean over images, each at most 60 dB. The Fréchet distance is that of the
-edited images to all real test digits of the classes asked for, in their shares.
+built-in classifier sees the digit asked for, and the half to keep has a PSNR of at least 15 dB,
+where a plain sample has 9 and 20 is hard to tell from the image. Ties go to the smaller Fréchet
+distance. The figures are those of the other 150 images. PSNR is of images in [0, 1], the mean over
+images, each at most 60 dB. The Fréchet distance is that of the edited images to all real test
+digits of the classes asked for, in their shares. The picture has a row for each of: the image,
+the masked edit, FlowEdit, pasted, sampled.
 """
 
 from __future__ import annotations
@@ -43,11 +45,11 @@ FREE = {
     "bottom": (slice(14, 28), slice(None)),
     "left": (slice(None), slice(0, 14)),
 }
-KEPT_DB, CAP_DB = 20.0, 60.0
+KEPT_DB, CAP_DB = 15.0, 60.0
 EXTRACTOR = "mnist-classifier/64"
 SEARCH: dict[str, dict[str, list[float]]] = {
-    "masked": {"scale": [1, 2, 4], "full_source": [0.1, 0.0], "step": [0.1, 0.3, 1.0]},
-    "flow_edit": {"start": [0.1, 0.2, 0.34], "to_scale": [2, 4, 6], "from_scale": [1, 1.5]},
+    "masked": {"scale": [2, 4, 6], "full_source": [0.1, 0.0], "step": [0.03, 0.1, 0.3]},
+    "flow_edit": {"start": [0.05, 0.1, 0.2], "to_scale": [2, 3, 4], "from_scale": [1, 1.5]},
     "pasted": {"scale": [1, 2, 3, 4, 6]},
 }
 

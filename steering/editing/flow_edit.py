@@ -76,22 +76,20 @@ def flow_edit(
         counts["source"] = len(source)
     edits = max(counts.values(), default=1)
     if any(count != edits for count in counts.values()):
-        told = ", ".join(f"{name} has {count}" for name, count in counts.items())
-        raise ValueError(f"{told} entries: give one for each edit, or one for all.")
+        given = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        raise ValueError(f"{given} entries: give one for each edit, or one for all.")
     check_shape("source", source, chain.shape, edits)
     before, after = (_rows(k, v, edits, len(model.prompts)) for k, v in several.items())
     source = source.to(model.device)
     process = _from_source(chain, skipped)
-    settings = (
-        f"from_row={before.tolist()}, to_row={after.tolist()}, start={skipped}/{chain.steps}, "
-        f"averages={averages}, seed={seed}"
-    )
+    rows = digest(torch.stack([before, after]))
+    told = f"source=#{digest(source)}, rows=#{rows}, start={skipped}/{chain.steps}"
     return replace(
         model,
         denoiser=FlowEditDenoiser(model.denoiser, process, source, before, after, averages, seed),
         process=process,
         prompts=tuple(model.prompts[r] for r in after.tolist()),
-        name=f"flow_edit({model.name}, source=#{digest(source)}, {settings})",
+        name=f"flow_edit({model.name}, {told}, averages={averages}, seed={seed})",
         about=f"{model.about}; edits {edits} by FlowEdit" if model.about else "edits by FlowEdit",
     )
 
