@@ -9,6 +9,7 @@ from steering.pipelines import from_pipeline
 
 if TYPE_CHECKING:
     from steering import cfg, guidance, metrics, operators, rewards, zoo
+    from steering.pipelines.steer import steer
     from steering.rewards.measure import measure
 
 __all__ = [
@@ -21,10 +22,14 @@ __all__ = [
     "metrics",
     "operators",
     "rewards",
+    "steer",
     "zoo",
 ]
 
-_FUNCTIONS = {"measure": "steering.rewards.measure"}  # where those are that are no submodules
+_FUNCTIONS = {  # where those are that are no submodules
+    "measure": "steering.rewards.measure",
+    "steer": "steering.pipelines.steer",
+}
 
 
 def __getattr__(name: str) -> Any:
