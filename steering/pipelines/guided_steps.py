@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steering.core import Guidance, Proposal, Step
-from steering.gaussian import NormalTransition, over_data
+from steering.gaussian import NormalTransition
 from steering.guidance.bend import inside
 from steering.noise import child_key, normal
 from steering.pipelines.asked import Asked, Decode, decoding, scored
@@ -184,10 +184,8 @@ class Steering:
                 f"reward {reward} or its gradient is not finite {self._where(solver, i)}, for "
                 f"items {which} of {len(x)}."
             )
-        shift = self._shift(solver, i, proposal)
-        return shift / over_data(
-            solver.process.carry(torch.full_like(proposal.failed, i).long()), x
-        )
+        carry = float(solver.process.carry(torch.tensor([i])))
+        return self._shift(solver, i, proposal) / carry
 
     def _propose(
         self, solver: Solver, i: int, x: Tensor, sample: Tensor, denoise: Callable
