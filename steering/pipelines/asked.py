@@ -52,18 +52,29 @@ class Asked:
             prompts = tuple(prompt for prompt in prompts for _ in range(each))
         return Asked(prompts, given.get("height"), given.get("width"), given.get("generator"))
 
-    def prompts_of(self, count: int) -> tuple[Any, ...]:
-        """One for each of `count` states.
+    def count(self, states: Tensor) -> int:
+        """How many of the states [N, *D] are there, and not copies of those before them, which some
+        pipelines step along for their guidance?
 
         Raises:
-            ValueError: there are others.
+            ValueError: there are others than prompts.
         """
-        prompts = (None,) if self.prompts is None else self.prompts
-        if len(prompts) not in (1, count):
+        n = 1 if self.prompts is None else len(self.prompts)
+        if self.prompts is None or len(states) == n:
+            return len(states)
+        copies = states.split(n)
+        if len(states) % n == 0 and all(torch.equal(copies[0], copy) for copy in copies):
+            return n
+        if n > 1:
             raise ValueError(
-                f"the pipeline steps {count} states for {len(prompts)} prompts: it is not known "
-                "which is whose. Give it one prompt, or one for each image."
+                f"the pipeline steps {len(states)} states for {n} prompts: it is not known which "
+                "is whose. Give it one prompt, or one for each image."
             )
+        return len(states)
+
+    def prompts_of(self, count: int) -> tuple[Any, ...]:
+        """One for each of `count` states."""
+        prompts = (None,) if self.prompts is None else self.prompts
         return prompts if len(prompts) == count else prompts * count
 
     def keys(self, count: int, device: torch.device) -> Tensor:

@@ -143,7 +143,11 @@ class Steering:
             return base.step(*call.args, **call.kwargs)
         self._taken[i] += 1
         again = self._again(solver, i)
-        d = self._move(solver, i, output, sample)
+        n = self._asked.count(sample)
+        with torch.enable_grad():  # which what was recorded needs
+            own = output[:n]
+        d = self._move(solver, i, own, sample[:n])
+        d = d.repeat(len(sample) // n, *[1] * (d.dim() - 1))
         given["model_output"] = solver.output(i, output.detach(), d)
         given["sample"] = solver.sample(i, sample, d)
         index = getattr(self.scheduler, "_step_index", None)
