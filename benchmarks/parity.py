@@ -30,6 +30,7 @@ from torch import Tensor
 from benchmarks.report import finish, header
 from steering import Model, from_pipeline, noise
 from steering.cfg import Rescale
+from steering.models.label_pipeline import LabelPipeline
 from tests.tiny_pipelines import (
     SD_SCHEDULE,
     SDXL_SCHEDULE,
@@ -69,6 +70,7 @@ class Case:
 def cases() -> list[Case]:
     return [
         *_pixel_cases(),
+        *_label_cases(),
         *_dit_cases(),
         *_stable_diffusion_cases(),
         *_stable_diffusion_xl_cases(),
@@ -118,6 +120,26 @@ def _pixel_cases() -> list[Case]:
         {"swapped": {"prompts": [3, 0]}, "unguided": {"guidance_scale": 1.0}},
     )
     return [*plain, labelled]
+
+
+def _label_cases() -> list[Case]:
+    flow, guided = "FlowMatchEulerDiscrete", {"guidance_scale": 2.0, "eta": 0.0}
+    chains = [
+        ("flow", flow, {}, guided),
+        ("flow, unguided", flow, {}, {**guided, "guidance_scale": 1.0}),
+        ("flow, a scale per row", flow, {}, {**guided, "guidance_scale": [3.0, 1.0]}),
+        ("flow, shift 3", flow, {"shift": 3.0}, guided),
+        ("flow, re-noising", flow, {"stochastic_sampling": True}, {"guidance_scale": 2.0}),
+        ("DDIM, v", "DDIM", {"prediction_type": "v_prediction"}, guided),
+    ]
+    return [
+        _swap_case(
+            f"labels: {name}",
+            partial(pixel_pipeline, _scheduler(kind, **settings), LabelPipeline, classes=5),
+            {"prompts": [0, 3], **options},
+        )
+        for name, kind, settings, options in chains
+    ]
 
 
 def _dit_cases() -> list[Case]:
@@ -364,8 +386,9 @@ def _drawing(pipe: Any, key: Tensor, nudge: float) -> Iterator[None]:
 
 @contextmanager
 def _labelled(pipe: Any, label: Any, null: Any, scale: Any) -> Iterator[None]:
-    """Pixel pipelines pass no class label: hand it to the network under them."""
-    if not isinstance(label, int) or not hasattr(pipe, "unet"):
+    """Pixel pipelines of diffusers pass no class label: hand it to the network under them."""
+    passes = "class_labels" in inspect.signature(pipe.__call__).parameters
+    if not isinstance(label, int) or passes:
         yield
         return
     forward = pipe.unet.forward

@@ -5,6 +5,7 @@ from samplers.ancestral import Ancestral
 from samplers.beam import Beam
 from samplers.best_of_n import BestOfN
 from samplers.core import Budget, Draws, Plan, Purse, Rollouts, Sampler, Walked
+from samplers.das import DAS
 from samplers.importance import Importance
 from samplers.journal import CorruptRecordError
 from samplers.result import Result
@@ -12,14 +13,17 @@ from samplers.run import load, sample
 from samplers.smc import SMC
 from samplers.svdd import SVDD
 from samplers.sweep import Sweep
+from samplers.tds import TDS
 from samplers.tree_sampling import TreeSampling
 from samplers.tree_search import TreeSearch
 from samplers.zero_order import ZeroOrder
 from search.widen import Widening
 
 __all__ = [
+    "DAS",
     "SMC",
     "SVDD",
+    "TDS",
     "Advice",
     "Ancestral",
     "Beam",

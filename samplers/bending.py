@@ -65,12 +65,16 @@ class Bending:
         self._fits = 2**62  # particles that memory holds, as far as is known
 
     def check(self) -> None:
-        """One step without the network, of a state that stands in for its own clean guess.
+        """What the guidance asks of the model; and one step without the network, of a state that
+        stands in for its own clean guess.
 
         Raises:
             TypeError, ValueError: a reward of the wrong shape or without gradient; a guidance that
                 does not suit it or the chain.
         """
+        suits = getattr(self.guidance, "check", None)
+        if suits is not None:
+            suits(self._model)
         process, window = self._model.process, getattr(self.guidance, "window", (0.0, 1.0))
         first = int(window[0] * process.steps)
         key = root_key(0, torch.zeros(1, dtype=torch.int64, device=self._model.device))

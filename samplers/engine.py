@@ -130,6 +130,8 @@ class Engine:
         prompts = self.model.prompts
         hold, on_error = self.model.offloaded, self.settings.on_error
         decode, preview = self.model.decode, self.model.preview
+        if getattr(self.reward, "of_states", False):
+            decode, preview = _as_it_is, None
         scorer = Scorer(decode, self.reward, prompts, on_error, hold, preview)
         stop = _Stop()
         try:
@@ -515,6 +517,10 @@ class _Stop:
     def close(self) -> None:
         if self._mine:
             signal.signal(signal.SIGINT, self._before)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _walked(ids: list[int], walks: list[Walk]) -> Walked:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from samplers.levels import check_levels, usable_levels
 from samplers.populations import Population, Populations, part
 from samplers.walks import UNLIMITED, affordable, check_count
 from search.resample import SCHEMES, ess, logsumexp_by
+from steering.guidance.twist import check_tempering, tempered
 from steering.noise import child_key, uniform
 
 # What a particle remembers of the rewards of its clean guesses (`seen`), and what the log potential
@@ -43,8 +44,9 @@ class SMC:
     weight is exp(λ · reward) over the product of the potentials on a particle's own line of
     descent, so that for *every* potential the target is p(x_0) · exp(λ · reward) and the estimate
     of Z = E_p[exp(λ · reward)] has no bias: potentials differ in variance alone ("max" and "add"
-    pay for their greed at this last step). Draws are biased at finite K, as all self-normalised
-    ones are. Further populations are independent, and merged by their estimates of Z.
+    pay for their greed at this last step). So do `tempering`s, by which r_k counts as β_k · r_k on
+    the way. Draws are biased at finite K, as all self-normalised ones are. Further populations are
+    independent, and merged by their estimates of Z.
 
     A failed particle has weight zero and is left out of the count that means are taken over.
 
@@ -56,6 +58,7 @@ class SMC:
             three and four fifths of the way (as far as noise is still drawn after them).
         ess: resample below this share of K; 0 never, 1 always.
         scheme: "systematic", "stratified" or "multinomial".
+        tempering: γ of β_k = min(1, (1 + γ)^(100 k / T) - 1) at level k of T; None is β = 1.
 
     Raises:
         ValueError: a bad argument, a budget below one population, or no noise after a level.
@@ -69,6 +72,7 @@ class SMC:
     levels: tuple[int, ...] | None = None
     ess: float = 0.5
     scheme: str = "systematic"
+    tempering: float | None = None
 
     def __post_init__(self) -> None:
         check_count("particles", self.particles, least=2)
@@ -80,17 +84,22 @@ class SMC:
         check_levels(self.levels)
         if type(self.ess) not in (int, float) or not 0 <= self.ess <= 1:
             raise ValueError(f"ess={self.ess!r} is no share of the particles: give 0 to 1.")
+        check_tempering(self.tempering)
+
+    def usual_levels(self, steps: int) -> Iterable[int]:
+        """Where to weigh and resample if nothing is said of it."""
+        return (steps * fifth // 5 for fifth in range(1, 5))
 
     def init(self, plan: Plan) -> Populations:
-        fifths = (plan.steps * fifth // 5 for fifth in range(1, 5))
-        levels = usable_levels(plan, self.levels, fifths, "SMC")
+        name = type(self).__name__
+        levels = usable_levels(plan, self.levels, self.usual_levels(plan.steps), name)
         rows = plan.cost.sum(1)  # [R] network rows of one particle
         if not plan.reuses:
             rows = rows + plan.look[:, levels].sum(1)
         scores = len(levels) + 1
         if self.particles is None and plan.budget.nfe is None and plan.budget.reward_calls is None:
             raise ValueError(
-                "SMC: particles=None takes its number from the budget: give particles, nfe or "
+                f"{name}: particles=None takes its number from the budget: give particles, nfe or "
                 "reward_calls."
             )
         k = self.particles
@@ -139,8 +148,9 @@ class SMC:
         if not alive.any():
             p.leg = len(state.stops) - 1  # nothing is left to walk: it ends without an item
             return
+        share = tempered(self.tempering, torch.tensor(state.stops[p.leg]), state.plan.steps)
         # hostile rewards must not overflow: inf - inf is no weight
-        seen, log_g = POTENTIALS[self.potential][1](p.seen, reward.clamp(-_HUGE, _HUGE))
+        seen, log_g = POTENTIALS[self.potential][1](p.seen, share * reward.clamp(-_HUGE, _HUGE))
         seen = seen.clamp(-_HUGE, _HUGE)
         log_g = torch.where(alive, (state.plan.lam * log_g).clamp(-_HUGE, _HUGE), 0.0)
         log_w = torch.where(alive, p.log_w + log_g + log_ratio, -torch.inf)

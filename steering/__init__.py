@@ -4,20 +4,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from steering.core import Model
-from steering.guidance import FlowChef
+from steering.guidance import (
+    DPS,
+    MPGD,
+    ClassifierGuidance,
+    FlowChef,
+    FlowDPS,
+    FreeDoM,
+    Twist,
+    jacobian_cosine,
+)
 from steering.pipelines import from_pipeline
 
 if TYPE_CHECKING:
-    from steering import cfg, guidance, metrics, operators, rewards, zoo
+    from steering import cfg, editing, guidance, metrics, operators, rewards, zoo
+    from steering.editing import FlowChefEdit, flow_edit
     from steering.pipelines.steer import steer
     from steering.rewards.measure import measure
 
 __all__ = [
+    "DPS",
+    "MPGD",
+    "ClassifierGuidance",
     "FlowChef",
+    "FlowChefEdit",
+    "FlowDPS",
+    "FreeDoM",
     "Model",
+    "Twist",
     "cfg",
+    "editing",
+    "flow_edit",
     "from_pipeline",
     "guidance",
+    "jacobian_cosine",
     "measure",
     "metrics",
     "operators",
@@ -26,7 +46,10 @@ __all__ = [
     "zoo",
 ]
 
-_FUNCTIONS = {  # where those are that are no submodules
+# where those are that are no submodules
+_FUNCTIONS = {
+    "FlowChefEdit": "steering.editing",
+    "flow_edit": "steering.editing",
     "measure": "steering.rewards.measure",
     "steer": "steering.pipelines.steer",
 }

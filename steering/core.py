@@ -134,7 +134,8 @@ class Guidance(Protocol):
     """Bends a step.
 
     One that follows a reward of its own, instead of the run's, has it as an attribute `reward`; a
-    reward whose attribute `of_states` is true is asked about clean states, not decoded items.
+    reward whose attribute `of_states` is true is asked about clean states, not decoded items. One
+    that does not suit every model has a method `check(model)`, which raises before the first row.
     """
 
     @property
@@ -156,9 +157,29 @@ class Guidance(Protocol):
         ...
 
 
+class _Clamp(torch.autograd.Function):
+    """Values are clamped to [0, 1]; a slope passes where it leads back into the range."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x > 1, x < 0)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        slope, (above, below) = gradients[0], ctx.saved_tensors
+        outwards = (above & (slope > 0)) | (below & (slope < 0))
+        return torch.where(outwards, 0.0, slope)
+
+
 def images_in_unit_range(x: Tensor) -> Tensor:
-    """Pixels in [-1, 1] -> images in [0, 1], clamped: the decode of pixel models."""
-    return (x / 2 + 0.5).clamp(0, 1)
+    """Pixels in [-1, 1] -> images in [0, 1], clamped: the decode of pixel models.
+
+    Where it clamps, the gradient of a reward passes if going up it leads back into the range, so
+    that a guess out of range can be pulled back, and is 0 if it leads further out, which would
+    change no image.
+    """
+    return _Clamp.apply(x / 2 + 0.5)
 
 
 @dataclass(frozen=True)
@@ -170,6 +191,8 @@ class Model:
         process: the chain.
         decode: clean states [N, *D] -> items (images [N, C, H, W] in [0, 1]); default: as they are.
         preview: the same, rough and quick, for guesses on the way; None is `decode`.
+        encode: images [N, C, H, W] in [0, 1] -> clean states [N, *D] float32, what `decode` undoes,
+            differentiable; None where there is no way back.
         prompts: R entries, what each condition asks for, handed to rewards; (None,) is nothing.
         device: where states live.
         name: for records and error messages.
@@ -182,6 +205,7 @@ class Model:
     process: Process
     decode: Callable[[Tensor], Any] = field(default=lambda x: x)
     preview: Callable[[Tensor], Any] | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
     prompts: tuple[Any, ...] = (None,)
     device: torch.device = torch.device("cpu")
     name: str = "model"

@@ -189,7 +189,7 @@ def forward(A: Any) -> Callable[[Tensor], Tensor]:
     Raises:
         TypeError: neither can be called.
     """
-    own: Any = getattr(A, "A", A)
+    own: Callable[[Tensor], Tensor] = getattr(A, "A", A)
     if isinstance(A, type) or not callable(own):
         what = f"the class {A.__name__}" if isinstance(A, type) else f"a {type(A).__name__}"
         raise TypeError(

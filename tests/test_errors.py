@@ -7,8 +7,10 @@ import torch
 from diffusers import DDIMScheduler
 
 from samplers import (
+    DAS,
     SMC,
     SVDD,
+    TDS,
     Ancestral,
     Beam,
     BestOfN,
@@ -19,7 +21,7 @@ from samplers import (
     sample,
 )
 from search.widen import Widening
-from steering import Model, from_pipeline, zoo
+from steering import DPS, FlowDPS, FreeDoM, Model, from_pipeline, measure, operators, zoo
 from steering.rewards import (
     Aesthetic,
     Classifier,
@@ -36,6 +38,7 @@ from steering.rewards import (
     from_pil,
 )
 from tests.brownian import brownian, first
+from tests.exact import gaussian_chain
 from tests.tiny_pipelines import pixel_pipeline
 
 
@@ -43,6 +46,11 @@ def run(model, **changed):
     """A good call, but for what is changed."""
     good = {"reward": first, "sampler": BestOfN(), "nfe": 100, "progress": False}
     return sample(**{"model": model, **good, **changed})
+
+
+def plain(items, prompts):
+    """Without a gradient."""
+    return items.detach()[:, 0]
 
 
 def on_an_ode(model, sampler):
@@ -113,6 +121,33 @@ RUNS = {
     "svdd-on-an-ode": (lambda m: on_an_ode(m, SVDD()), "SVDD finds no level"),
     "beam-on-an-ode": (lambda m: on_an_ode(m, Beam()), "Beam finds no level"),
     "smc-on-an-ode": (lambda m: on_an_ode(m, SMC()), "SMC finds no level"),
+    "guided-smc-on-an-ode": (
+        lambda _: run(gaussian_chain(eta=0.0), sampler=SMC(), guidance=DPS()),
+        "needs a step that draws noise",
+    ),
+    "tds-on-an-ode": (
+        lambda _: run(gaussian_chain(eta=0.0), sampler=TDS(), nfe=1000),
+        "needs a step that draws noise",
+    ),
+    "unweighted-tds-on-an-ode": (
+        lambda _: run(gaussian_chain(eta=0.0), sampler=TDS(), nfe=1000, weights="none"),
+        "TDS finds no level",
+    ),
+    "tds-without-a-gradient": (
+        lambda _: run(gaussian_chain(), reward=plain, sampler=TDS(2), nfe=1000),
+        "reward plain has no gradient",
+    ),
+    "tds-off-gaussian-chains": (lambda m: run(m, sampler=TDS(2), nfe=1000), "a Gaussian chain"),
+    "flowdps-off-flows": (
+        lambda _: run(gaussian_chain(), guidance=FlowDPS(), weights="none", nfe=1000),
+        "FlowDPS is for flows",
+    ),
+    "freedom-weighed": (lambda _: run(gaussian_chain(), guidance=FreeDoM()), "FreeDoM has no dens"),
+    "das-nfe": (
+        lambda _: run(gaussian_chain(), sampler=DAS(60), nfe=60 * 98 - 1),  # 50 rows and 48 looks
+        "population of 60 particles",
+    ),
+    "das-no-budget": (lambda _: run(gaussian_chain(), sampler=DAS(), nfe=None), "DAS: particles="),
     "nfe-below-a-particle": (lambda m: run(m, nfe=79, sampler=SVDD()), "particle of 8 proposals"),
     "nfe-below-a-beam": (lambda m: run(m, nfe=39, sampler=Beam()), "beam of 4 proposals"),
     "nfe-below-a-search": (lambda m: run(m, nfe=79, sampler=Beam(2)), "search of 2 beams"),
@@ -147,6 +182,10 @@ PARTS = {
     "potential": (lambda: SMC(potential="sum"), "potential"),
     "scheme": (lambda: SMC(scheme="residual"), "scheme"),
     "smc-ess": (lambda: SMC(ess=2.0), "ess"),
+    "smc-tempering": (lambda: SMC(tempering=0.0), "tempering"),
+    "das-tempering": (lambda: DAS(tempering=math.nan), "tempering"),
+    "tds-jacobian": (lambda: TDS(jacobian="half"), "jacobian"),
+    "tds-particles": (lambda: TDS(1), "particles"),
     "option": (lambda: TreeSampling(depth=3), "depth"),
     "svdd-particles": (lambda: SVDD(0), "particles"),
     "svdd-proposals": (lambda: SVDD(proposals=1), "proposals"),
@@ -189,6 +228,18 @@ PARTS = {
     "imscore": (lambda: Imscore("hps"), "scorer"),
     "imscore-model": (lambda: Imscore("hpsv2.1", "/no/such/folder"), "model"),
     "from-pil": (lambda: from_pil(3), "from_pil"),
+    "box": (lambda: operators.Box(0), "size"),
+    "share": (lambda: operators.Random(1.5), "share"),
+    "factor": (lambda: operators.Downsample(1.5), "factor"),
+    "sigma": (lambda: operators.Blur(-1.0), "sigma"),
+    "blur-size": (lambda: operators.Blur(1.0, size=4), "size"),
+    "observe-noise": (lambda: operators.observe(abs, torch.ones(1), noise=-1.0), "noise"),
+    "measure-class": (lambda: measure(operators.Box, torch.ones(1, 8, 8)), "A is the class Box"),
+    "measure-nothing": (lambda: measure(None, torch.ones(1, 8, 8)), "A is a NoneType"),
+    "measure-y": (lambda: measure(abs, "cat"), "y is str"),
+    "measure-y-nan": (lambda: measure(abs, torch.tensor([math.nan])), "y is"),
+    "measure-noise": (lambda: measure(abs, torch.ones(3), noise=-1.0), "noise"),
+    "measure-space": (lambda: measure(abs, torch.ones(3), space="pixels"), "space"),
     "zoo": (lambda: zoo.load("imagenet"), "imagenet"),
     "zoo-reference": (lambda: zoo.reference("cifar"), "cifar"),
     "prompts-empty": (

@@ -222,6 +222,14 @@ def test_what_guidances_ask_of_a_measure():
     assert reward.card.source == "Downsample"
 
 
+def test_the_floor_is_right_or_refused_whatever_the_dimensions_of_a_measurement():
+    for y in (images()[:1, 0], {None: images()[:1, 0]}):  # [1, H, W]
+        reward = Measure(gray, y, noise=1.0)
+        assert reward(images(), [None] * 3)[0] == 0
+        assert reward.floor == 96
+    assert Measure(gray, images()[0, 0])(images(), [None] * 3)[0] == 0  # without noise, no floor
+
+
 def test_the_floor_is_what_noise_leaves_of_the_residual():
     x = images(1, h=64, w=64)
     y = observe(Blur(1.0), x, noise=0.1)
@@ -253,6 +261,10 @@ def test_a_bad_measure_is_refused_where_it_is_made(make, error, words):
         make(images())
 
 
+def gray(x):
+    return x[:, 0]
+
+
 @pytest.mark.parametrize(
     ("reward", "words"),
     [
@@ -260,7 +272,8 @@ def test_a_bad_measure_is_refused_where_it_is_made(make, error, words):
         (Measure(Box(3), images(2)), r"y has shape \[2, 2, 8, 12\]: give one"),
         (Measure(Box(3), {"a": images()[0]}), "no measurement for prompt None"),
         (Measure(lambda x: x.sum(), images()), "one measurement per item"),
-        (Measure(lambda x: x[:, 0], images()[0, :1, 0], noise=1.0), r"give one .*\[1, 8, 12\]"),
+        (Measure(gray, images()[0, 0], noise=1.0), r"give one .*\[1, 8, 12\]"),
+        (Measure(gray, {None: images()[0, 0]}, noise=1.0), r"give one .*\[1, 8, 12\]"),
         (Measure(Downsample(5), images()), "does not divide"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import parity
 from steering import cfg, from_pipeline, noise
-from steering.pipelines.latent import PIXELS_AT_ONCE, LatentDecoder
+from steering.pipelines.latent import PIXELS_AT_ONCE, LatentCodec
 from steering.pipelines.request import NotNativeError
 from tests.tiny_pipelines import (
     autoencoder,
@@ -236,8 +236,8 @@ def test_decoding_in_chunks_changes_nothing():
     vae = autoencoder(latent_channels=4)
     latents = noise.normal(noise.root_key(0, torch.arange(5)), (4, 8, 8))
     with torch.no_grad():
-        whole = LatentDecoder.of(vae, pixels=256)(latents)
-        chunked = LatentDecoder.of(vae, pixels=PIXELS_AT_ONCE // 2)(latents)
+        whole = LatentCodec.of(vae, pixels=256)(latents)
+        chunked = LatentCodec.of(vae, pixels=PIXELS_AT_ONCE // 2)(latents)
     assert whole.shape == (5, 3, 16, 16)
     torch.testing.assert_close(whole, chunked, atol=1e-6, rtol=0)
 
@@ -255,14 +255,14 @@ class Passing(torch.nn.Module):
 def test_an_image_with_a_hole_is_nan_as_a_whole():
     latents = torch.zeros(3, 1, 2, 2)
     latents[1, 0, 1, 1] = torch.inf  # which clamping alone would make a white pixel
-    images = LatentDecoder(Passing(), pixels=4)(latents)
+    images = LatentCodec(Passing(), pixels=4)(latents)
     assert images[1].isnan().all()
     assert (images[[0, 2]] == 0.5).all()
 
 
 def test_a_float16_decoder_works_in_float32_on_a_copy():
     vae = autoencoder(latent_channels=4).half()
-    decoder = LatentDecoder.of(vae, pixels=256)
+    decoder = LatentCodec.of(vae, pixels=256)
     latents = 1e4 * noise.normal(noise.root_key(0, torch.arange(2)), (4, 8, 8))  # over 65504 inside
     with torch.no_grad():
         assert decoder(latents).isfinite().all()

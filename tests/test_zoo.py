@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from steering import zoo
 from steering.metrics import Moments, frechet
-from steering.zoo import evaluate
+from steering.zoo import evaluate, evaluate_flow
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "steering" / "zoo"
@@ -32,7 +33,8 @@ def test_checkpoints_are_small():
     for name in zoo.names():
         size = sum(path.stat().st_size for path in (FOLDER / name).rglob("*") if path.is_file())
         assert size <= 4e6, name
-    assert sum(p.numel() for p in zoo.load("mnist").unet.parameters()) <= 400_000
+    for name in ("mnist", "mnist-flow", "mnist-flow-base"):
+        assert sum(p.numel() for p in zoo.load(name).unet.parameters()) <= 400_000
 
 
 def test_no_pickled_weights():
@@ -55,11 +57,11 @@ def test_import_does_not_pull_in_diffusers():
 
 
 def test_loading_is_quiet_and_ready_for_use(capfd, recwarn):
-    pipe = zoo.load("mnist", dtype=torch.float64)
+    pipes = [zoo.load(n, dtype=torch.float64) for n in ("mnist", "mnist-flow", "mnist-flow-base")]
     model = zoo.load("mnist-classifier", dtype=torch.float64)
     assert capfd.readouterr() == ("", "")
     assert not list(recwarn)
-    for module in (pipe.unet, model):
+    for module in (*(pipe.unet for pipe in pipes), model):
         assert not module.training
         for p in module.parameters():
             assert p.dtype == torch.float64
@@ -67,7 +69,7 @@ def test_loading_is_quiet_and_ready_for_use(capfd, recwarn):
 
 
 def test_names_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match=r"'cifar'.*mnist, mnist-classifier"):
+    with pytest.raises(ValueError, match=r"'cifar'.*mnist, mnist-flow, "):
         zoo.load("cifar")
     with pytest.raises(ValueError, match=r"'mnist'.*mnist-test, mnist-train"):
         zoo.reference("mnist")
@@ -139,3 +141,63 @@ def test_samples_are_digits(classifier, slice_features):
     real = Moments.of(slice_features)
     ours = frechet(features, real, extractor="mnist-classifier").value
     assert ours < frechet(flipped, real, extractor="mnist-classifier").value
+
+
+# --- the flows -------------------------------------------------------------------------------
+
+FLOWS = ("mnist-flow", "mnist-flow-base")
+
+
+def seen(classifier, images):
+    with torch.inference_mode():
+        return classifier(images).argmax(-1)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows_draw_the_digit_that_is_asked_for(name, classifier):
+    x, labels = evaluate_flow.start(40, seed=2)
+    images = evaluate_flow.draw(zoo.load(name), x, labels, steps=8, scale=2.0)
+    assert 0 <= images.min() <= images.max() <= 1
+    assert (seen(classifier, images) == labels).sum() >= 30
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_last_class_of_the_flows_is_any_digit(name, classifier):
+    pipe = zoo.load(name)
+    assert pipe.null_class == 10
+    x, _ = evaluate_flow.start(40, seed=3)
+    found = seen(classifier, evaluate_flow.draw(pipe, x, torch.full((40,), 10), 8, 1.0))
+    # of 40 fair draws of ten digits, fewer than 7 different ones have probability 1e-5
+    assert len(found.unique()) >= 7
+    assert found.bincount().max() <= 20
+
+
+def test_reflow_made_the_flow_straighter():
+    x, labels = evaluate_flow.start(20, seed=4)
+    after, before = (evaluate_flow.straightness(zoo.load(n), x, labels, steps=10) for n in FLOWS)
+    assert after < 0.5 * before
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(0.5, 4), (1.3, 7)])
+def test_straightness_of_a_linear_flow_is_its_closed_form(rate, steps):
+    """v = rate · x: x_k = q^k · x_0 by Euler's rule with q = 1 - rate / T."""
+
+    class Linear:
+        def unet(self, x, t, class_labels):
+            return SimpleNamespace(sample=rate * x)
+
+    x, labels = evaluate_flow.start(3, seed=0)
+    q = 1 - rate / steps
+    whole = 1 - q**steps
+    off = sum((whole - rate * q**k) ** 2 for k in range(steps)) / steps
+    found = evaluate_flow.straightness(Linear(), x, labels, steps)
+    assert found == pytest.approx(off / whole**2, rel=1e-5)  # float32 rounding
+
+
+def test_a_straight_flow_has_straightness_zero():
+    class Straight:
+        def unet(self, x, t, class_labels):
+            return SimpleNamespace(sample=torch.full_like(x, 0.7))
+
+    found = evaluate_flow.straightness(Straight(), *evaluate_flow.start(3, seed=0))
+    assert found == pytest.approx(0, abs=1e-10)  # float32 rounding, squared

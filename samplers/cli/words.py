@@ -18,6 +18,8 @@ _SAMPLERS = {
     "best-of-n": samplers.BestOfN,
     "importance": samplers.Importance,
     "smc": samplers.SMC,
+    "tds": samplers.TDS,
+    "das": samplers.DAS,
     "dts": samplers.TreeSampling,
     "dts-star": samplers.TreeSearch,
     "svdd": samplers.SVDD,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steering.core import Proposal, Step
 from steering.gaussian import GaussianProcess, NormalTransition, over_data
+from steering.guidance.rules import Rule
 
 Window = tuple[float, float]
 Jacobian = Literal["skip", "full"]
@@ -33,8 +34,8 @@ def inside(window: Window, i: Tensor, steps: int) -> Tensor:
     return (i >= int(window[0] * steps)) & (i < int(window[1] * steps))
 
 
-def check_window(window: object) -> None:
-    """ValueError unless `window` is (start, stop), shares of the steps."""
+def check_window(window: object, name: str = "window") -> None:
+    """ValueError unless `window` is (start, stop), shares of the steps; `name` is its argument."""
     good = (
         isinstance(window, (tuple, list))
         and len(window) == 2
@@ -43,7 +44,7 @@ def check_window(window: object) -> None:
     )
     if not good:
         raise ValueError(
-            f"window={window!r}: give (start, stop), shares of the steps counted from the noise, "
+            f"{name}={window!r}: give (start, stop), shares of the steps counted from the noise, "
             "0 <= start < stop <= 1."
         )
 
@@ -55,6 +56,12 @@ def check_jacobian(jacobian: object) -> None:
             f"jacobian={jacobian!r}: give 'skip', the gradient at the clean guess, or 'full', "
             "through the network."
         )
+
+
+def check_inner(inner: object) -> None:
+    """ValueError unless `inner` is a whole number, at least 1."""
+    if isinstance(inner, bool) or not isinstance(inner, int) or inner < 1:
+        raise ValueError(f"inner={inner!r}: give a whole number >= 1.")
 
 
 def gaussian(step: Step) -> GaussianProcess:
@@ -77,7 +84,7 @@ def at_guess(step: Step, clean: Tensor) -> Slope:
         point = clean.detach().requires_grad_(True)
         value = step.score(point, step.row)
         (gradient,) = torch.autograd.grad(value.sum(), point)
-    return _slope(clean.detach(), value, gradient)
+    return slope_of(clean.detach(), value, gradient)
 
 
 def through_network(step: Step) -> Slope:
@@ -87,10 +94,23 @@ def through_network(step: Step) -> Slope:
         clean = step.denoise(x, step.i, step.row)
         value = step.score(clean, step.row)
         (gradient,) = torch.autograd.grad(value.sum(), x)
-    return _slope(clean.detach(), value, gradient)
+    return slope_of(clean.detach(), value, gradient)
 
 
-def _slope(clean: Tensor, value: Tensor, gradient: Tensor) -> Slope:
+def move_guess(step: Step, clean: Tensor, move: Rule, inner: int) -> tuple[Tensor, Tensor]:
+    """Clean guesses [N, *D] after `inner` moves along ∇_c reward(c), the network's output held, and
+    which have failed [N]."""
+    sigma = gaussian(step).sigma[step.i].float()
+    failed = torch.zeros_like(step.i, dtype=torch.bool)
+    for _ in range(inner):
+        at = at_guess(step, clean)
+        clean = clean + move(at.value, at.gradient, sigma)
+        failed = failed | at.failed
+    return clean, failed
+
+
+def slope_of(clean: Tensor, value: Tensor, gradient: Tensor) -> Slope:
+    """Where value [N] or gradient [N, *D] is not finite, a particle has failed and stays."""
     failed = ~(value.isfinite() & gradient.flatten(1).isfinite().all(1))
     gradient = torch.where(over_data(failed, gradient), 0.0, gradient)
     return Slope(clean, value.detach(), gradient, failed)
@@ -124,14 +144,16 @@ def bent_within(window: Window, step: Step, act: Act, *, differentiates: bool) -
     process = gaussian(step)
     active = inside(window, step.i, process.steps)
     pick, rest = active.nonzero().flatten(), (~active).nonzero().flatten()
-    clean, shift = torch.empty_like(step.x), torch.zeros_like(step.x)
-    failed = torch.zeros_like(active)
+    shift, failed = torch.zeros_like(step.x), torch.zeros_like(active)
     if not differentiates:
         clean = step.denoise(step.x, step.i, step.row)
-    elif len(rest):
+        if len(pick):
+            _, shift[pick], failed[pick] = act(part(step, pick), clean[pick])
+        return shifted(step, clean, shift, failed)
+    clean = torch.empty_like(step.x)
+    if len(rest):
         still = part(step, rest)
         clean[rest] = step.denoise(still.x, still.i, still.row)
     if len(pick):
-        guesses = None if differentiates else clean[pick]
-        clean[pick], shift[pick], failed[pick] = act(part(step, pick), guesses)
+        clean[pick], shift[pick], failed[pick] = act(part(step, pick), None)
     return shifted(step, clean, shift, failed)

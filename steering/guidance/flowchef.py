@@ -13,11 +13,12 @@ from steering.gaussian import over_data
 from steering.guidance.bend import (
     Jacobian,
     Window,
-    at_guess,
     bent_within,
+    check_inner,
     check_jacobian,
     check_window,
     gaussian,
+    move_guess,
     through_network,
 )
 from steering.guidance.rules import RuleName, check_rule, check_step, rule_for
@@ -62,8 +63,8 @@ class FlowChef:
             to remove in each step: 1 solves a mask at once.
         window: (start, stop), shares of the steps, counted from the noise.
         inner: moves in each step, the network's output held.
-        rule: "polyak", "normalised", "plain" or "adam" (`steering.guidance.rules`); None is polyak
-            for `measure`, else normalised: in units of sigma · sqrt(dim).
+        rule: "polyak", "normalised", "norm", "plain" or "adam" (`steering.guidance.rules`); None is
+            polyak for `measure`, else normalised: in units of sigma · sqrt(dim).
         jacobian: "skip", or "full", through the network.
 
     Raises:
@@ -88,8 +89,7 @@ class FlowChef:
         check_window(self.window)
         check_rule(self.rule)
         check_jacobian(self.jacobian)
-        if isinstance(self.inner, bool) or not isinstance(self.inner, int) or self.inner < 1:
-            raise ValueError(f"inner={self.inner!r}: give a whole number >= 1.")
+        check_inner(self.inner)
         if self.inner > 1 and self.jacobian == "full":
             raise ValueError(
                 f"inner={self.inner} with jacobian='full': the network's gradient holds at one "
@@ -120,14 +120,10 @@ class FlowChef:
 
     def _act(self, step: Step, clean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         process = gaussian(step)
-        sigma = process.sigma[step.i].float()
         move = rule_for(self.rule, step.reward, self.step)
         if clean is None:
             at = through_network(step)
+            sigma = process.sigma[step.i].float()
             return at.clean, move(at.value, at.gradient, sigma), at.failed
-        moved, failed = clean, torch.zeros_like(step.i, dtype=torch.bool)
-        for _ in range(self.inner):
-            at = at_guess(step, moved)
-            moved = moved + move(at.value, at.gradient, sigma)
-            failed = failed | at.failed
+        moved, failed = move_guess(step, clean, move, self.inner)
         return clean, over_data(process.carry(step.i), clean) * (moved - clean), failed

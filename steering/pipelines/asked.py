@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from steering.core import images_in_unit_range
-from steering.pipelines.latent import LatentDecoder
+from steering.pipelines.flux import PackedCodec
+from steering.pipelines.latent import LatentCodec
 from steering.rewards.compose import name_of
 
 Decode = Callable[[Tensor], Any]
@@ -122,7 +123,7 @@ def decoding(pipe: Any, asked: Asked, x: Tensor, vae: Any = None) -> Decode:
     shift = 0.0 if unshifted else config.get("shift_factor") or 0.0
     plain = config.get("latents_mean") is None and "scaling_factor" in config
     if plain and x.dim() == 4 and x.shape[1] == channels:
-        return _decoder(pipe, vae, factor**2 * math.prod(x.shape[2:]), shift)
+        return _codec(pipe, vae, factor**2 * math.prod(x.shape[2:]), shift)
     if plain and x.dim() == 3 and ".flux." in type(pipe).__module__ and x.shape[2] == 4 * channels:
         own = pipe.default_sample_size * pipe.vae_scale_factor
         height, width = asked.height or own, asked.width or own
@@ -132,12 +133,11 @@ def decoding(pipe: Any, asked: Asked, x: Tensor, vae: Any = None) -> Decode:
                 f"height={height}, width={width} do not give {x.shape[1]} tokens: give the "
                 "pipeline the height and width of its images."
             )
-        decode = _decoder(pipe, vae, height * width, shift)
-        return lambda x: decode(pipe._unpack_latents(x, height, width, pipe.vae_scale_factor))
+        return PackedCodec(_codec(pipe, vae, height * width, shift), pipe, height, width)
     raise _unknown(pipe, x)
 
 
-def _decoder(pipe: Any, vae: Any, pixels: int, shift: float) -> Decode:
+def _codec(pipe: Any, vae: Any, pixels: int, shift: float) -> LatentCodec:
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", True)
     if upcast and hasattr(vae, "_hf_hook"):  # a copy must not bring the hooks, and all they hold
         if any(weight.is_meta for weight in vae.parameters()):
@@ -148,7 +148,7 @@ def _decoder(pipe: Any, vae: Any, pixels: int, shift: float) -> Decode:
         fresh = type(vae).from_config(vae.config)
         fresh.load_state_dict(vae.state_dict())
         vae = fresh.eval().requires_grad_(False).to(pipe._execution_device)
-    return LatentDecoder.of(vae, pixels, shift)
+    return LatentCodec.of(vae, pixels, shift)
 
 
 def _unknown(pipe: Any, x: Tensor) -> ValueError:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,18 @@ from steering.pipelines.request import Request
 
 Conditions = dict[str, Tensor]  # each [R, ...], one row per condition, on the model's device
 Network = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
+
+
+class Codec(Protocol):
+    """The way from clean states to images, and back; differentiable both ways."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images [N, C, H, W] float32 in [0, 1] of clean states x [N, *D]."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Clean states [N, *D] float32 of images [N, C, H, W] in [0, 1]."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +104,7 @@ def conditional_model(
     network: Network,
     conditions: Callable[[], tuple[Conditions, Conditions | None]],
     scale: Tensor,
-    decoding: Callable[[Any], Callable[[Tensor], Tensor]],
+    decoding: Callable[[Any], Codec],
 ) -> Model:
     """The model of a pipeline's parts.
 
@@ -102,16 +114,18 @@ def conditional_model(
         chain: the process and what the network puts out, as `read_scheduler` gives them.
         network: see `ConditionalDenoiser`; so is `scale`.
         conditions: makes the positive and negative tables, once all else is known to be right.
-        decoding: an autoencoder -> the way from clean states to images through it.
+        decoding: an autoencoder -> the way from clean states to images through it, and back.
     """
     process = chain[0].to(pipe._execution_device)
     to_clean, rule = ToClean(process, chain[1]), request.rule(process.steps)
     positive, negative = conditions()
+    codec = decoding(getattr(pipe, "vae", None))
     return Model(
         ConditionalDenoiser(network, to_clean, positive, negative, scale, rule),
         process,
-        decoding(getattr(pipe, "vae", None)),
+        codec,
         preview=request.preview_by(decoding),
+        encode=codec.encode,
         prompts=request.prompts or (None,),
         device=pipe._execution_device,
         name=request.describe(pipe),

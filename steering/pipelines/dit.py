@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steering.core import Model
 from steering.pipelines.conditional import Conditions, calling, conditional_model
-from steering.pipelines.latent import LatentDecoder
+from steering.pipelines.latent import LatentCodec
 from steering.pipelines.request import NotNativeError, Request, default_scale
 from steering.pipelines.schedulers import read_scheduler
 
@@ -47,5 +47,5 @@ def build(pipe: Any, request: Request) -> Model:
         positive = labels.to(pipe._execution_device)
         return {"class_labels": positive}, {"class_labels": torch.full_like(positive, NULL_CLASS)}
 
-    decoding = partial(LatentDecoder.of, pixels=pixels**2)
+    decoding = partial(LatentCodec.of, pixels=pixels**2)
     return conditional_model(pipe, request, chain, network, conditions, scale, decoding)

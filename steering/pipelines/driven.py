@@ -209,8 +209,9 @@ class DrivenDenoiser:
 class DrivenDecoder:
     """Images or clips of clean states by the pipeline's own tail, a few at a time, in [0, 1].
 
-    A state that is not finite becomes nan as a whole. Differentiable. What the pipeline does behind
-    its autoencoder, such as checking for safety, is done.
+    A state that is not finite becomes nan as a whole. Differentiable, as `images_in_unit_range`
+    is, but for pipelines that clamp without an image processor, as those of pixels do. What the
+    pipeline does behind its autoencoder, such as checking for safety, is done.
 
     Args:
         oracle: the pipeline.

@@ -5,15 +5,14 @@ States are packed as the pipeline's `latents=` are: [L, 4 C], L patches of 2 x 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from steering.core import Model
 from steering.pipelines.conditional import Conditions, calling, conditional_model
-from steering.pipelines.latent import LatentDecoder
+from steering.pipelines.latent import LatentCodec
 from steering.pipelines.request import NotNativeError, Request, default_scale
 from steering.pipelines.schedulers import read_scheduler
 from steering.pipelines.sd3 import dynamic_shift
@@ -54,13 +53,31 @@ def build(pipe: Any, request: Request) -> Model:
             table["guidance"] = scale.to(device)
         return table, None
 
-    def decoding(vae: Any) -> Callable[[Tensor], Tensor]:
-        decode = LatentDecoder.of(vae, height * width, vae.config.shift_factor)
-        return lambda x: decode(pipe._unpack_latents(x, height, width, factor))
+    def decoding(vae: Any) -> PackedCodec:
+        codec = LatentCodec.of(vae, height * width, vae.config.shift_factor)
+        return PackedCodec(codec, pipe, height, width)
 
     return conditional_model(
         pipe, request, (process, prediction), network, conditions, scale, decoding
     )
+
+
+@dataclass(frozen=True, eq=False)
+class PackedCodec:
+    """Images of packed latents, and back, of height x width pixels."""
+
+    latents: LatentCodec
+    pipe: Any
+    height: int
+    width: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        unpack, factor = self.pipe._unpack_latents, self.pipe.vae_scale_factor
+        return self.latents(unpack(x, self.height, self.width, factor))
+
+    def encode(self, images: Tensor) -> Tensor:
+        latents = self.latents.encode(images)
+        return self.pipe._pack_latents(latents, *latents.shape)
 
 
 def _refuse(pipe: Any, request: Request) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from steering.core import Guidance, Proposal, Step
 from steering.gaussian import NormalTransition
 from steering.guidance.bend import inside
+from steering.guidance.freedom import up_again
 from steering.noise import child_key, normal
 from steering.pipelines.asked import Asked, Decode, decoding, scored
 from steering.pipelines.recorded import Recorded, holds_copies
@@ -259,13 +260,9 @@ class Steering:
         if index is not None:
             self.scheduler._step_index = index
         made = stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample
-        process = solver.process
-        (alpha, alpha_to), (sigma, sigma_to) = process.alpha[i : i + 2], process.sigma[i : i + 2]
-        ratio = alpha / alpha_to
-        std = (sigma.square() - (ratio * sigma_to).square()).clamp(min=0).sqrt()
-        x = made.float() * (float(alpha_to) if solver.scale(i) != 1 else 1.0)
+        x = made.float() / solver.scale(i + 1)
         noise = normal(child_key(self._step_key(i, x), 1), x.shape[1:])
-        x = float(ratio) * x + float(std) * noise
+        x = up_again(solver.process, torch.full((len(x),), i, device=x.device), x, noise)
         back = (x * solver.scale(i)).to(made.dtype)
         if isinstance(stepped, tuple):
             return (back, *stepped[1:])

@@ -27,7 +27,7 @@ from steering.pipelines.conditional import evaluating
 from steering.pipelines.encodings import Encodings
 from steering.pipelines.inputs import Inputs
 from steering.pipelines.request import networks
-from steering.pipelines.stand_ins import counted, remembering
+from steering.pipelines.stand_ins import counted, passing, remembering
 from steering.pipelines.turns import enumerate_turns
 from steering.pipelines.visit import At, Captured, Step, Visit, driven
 
@@ -71,7 +71,7 @@ class Oracle:
         self.scheduler.__class__ = driven(self._base)
         self._encodings = Encodings()
         self._networks = networks(pipe)
-        self._stand_ins = {
+        self._stand_ins = passing(pipe) | {
             name: counted(net, self._add_rows if _counts(name) else None)
             for name, net in self._networks.items()
         }

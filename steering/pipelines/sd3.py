@@ -6,7 +6,7 @@ from typing import Any
 
 from steering.core import Model
 from steering.pipelines.conditional import Conditions, calling, conditional_model
-from steering.pipelines.latent import LatentDecoder
+from steering.pipelines.latent import LatentCodec
 from steering.pipelines.request import NotNativeError, Request, default_scale
 from steering.pipelines.schedulers import read_scheduler
 from steering.pipelines.text import text_tables
@@ -45,8 +45,8 @@ def build(pipe: Any, request: Request) -> Model:
             {"encoder_hidden_states": negative_embeds, "pooled_projections": negative_pooled},
         )
 
-    def decoding(vae: Any) -> LatentDecoder:
-        return LatentDecoder.of(vae, height * width, vae.config.shift_factor)
+    def decoding(vae: Any) -> LatentCodec:
+        return LatentCodec.of(vae, height * width, vae.config.shift_factor)
 
     return conditional_model(
         pipe, request, chain, calling(transformer), conditions, scale, decoding

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steering.core import Model
 from steering.pipelines.conditional import Conditions, calling, conditional_model
-from steering.pipelines.latent import LatentDecoder
+from steering.pipelines.latent import LatentCodec
 from steering.pipelines.request import NotNativeError, Request, default_scale
 from steering.pipelines.schedulers import read_scheduler
 from steering.pipelines.text import text_tables
@@ -38,7 +38,7 @@ def build(pipe: Any, request: Request) -> Model:
             pipe, scale, {"encoder_hidden_states": positive}, {"encoder_hidden_states": negative}
         )
 
-    decoding = partial(LatentDecoder.of, pixels=height * width)
+    decoding = partial(LatentCodec.of, pixels=height * width)
     return conditional_model(pipe, request, chain, calling(unet), conditions, scale, decoding)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steering.core import Model
 from steering.pipelines.conditional import Conditions, calling, conditional_model
-from steering.pipelines.latent import LatentDecoder
+from steering.pipelines.latent import LatentCodec
 from steering.pipelines.request import NotNativeError, Request, default_scale
 from steering.pipelines.schedulers import read_scheduler
 from steering.pipelines.stable_diffusion import refuse_other_inputs, with_embedded_scale
@@ -55,5 +55,5 @@ def build(pipe: Any, request: Request) -> Model:
             {"encoder_hidden_states": no_texts, "text_embeds": no_pooled, "time_ids": ids},
         )
 
-    decoding = partial(LatentDecoder.of, pixels=height * width)
+    decoding = partial(LatentCodec.of, pixels=height * width)
     return conditional_model(pipe, request, chain, network, conditions, scale, decoding)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steering.core import images_in_unit_range
 from steering.pipelines.turns import PerRow, Turns, plain
 
 _IMAGES = 16  # codes of images remembered: an image and a mask, in batches of a few sizes
@@ -54,6 +56,19 @@ def remembering(vae: nn.Module) -> nn.Module:
         return code
 
     return _in_the_place_of(vae, {"encode": encode})
+
+
+def passing(pipe: Any) -> dict[str, Any]:
+    """Stand-ins for a pipeline's image processors, by name: they clamp images to [0, 1] as it does,
+    but gradients that lead back into the range pass."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    stand_ins: dict[str, Any] = {}
+    for name, part in vars(pipe).items():
+        if getattr(type(part), "denormalize", None) is VaeImageProcessor.denormalize:
+            stand_ins[name] = copy.copy(part)
+            stand_ins[name].denormalize = images_in_unit_range
+    return stand_ins
 
 
 def _in_the_place_of(module: nn.Module, members: dict[str, Any]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,8 +38,19 @@ def build(pipe: Any, request: Request) -> Model:
         calling(unet),
         lambda: (positive, negative),
         scale,
-        lambda vae: images_in_unit_range,
+        lambda vae: PixelCodec(),
     )
+
+
+@dataclass(frozen=True)
+class PixelCodec:
+    """States that are images already: [-1, 1] instead of [0, 1]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return images_in_unit_range(x)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return 2 * images.float() - 1
 
 
 def _classes(

@@ -138,20 +138,18 @@ class Measure(Composable):
                 raise TypeError(
                     f"y has no measurement for prompt {missing[0]!r}: it has {list(self.y)[:5]}."
                 )
-            if all(self.y[prompt].shape in (one, (1, *one)) for prompt in prompts):
-                return torch.stack([self.y[prompt].view(one) for prompt in prompts])
-            y = self.y[prompts[0]]
-        elif self.y.shape in (one, (1, *one), (n, *one)):
-            y = self.y
-            # the dimensions of y alone leave open which of them counts items, if any does
-            if not self.noise or _numbers(y) == one.numel():
-                return y.view(-1, *one)
+            given, shapes = [self.y[prompt] for prompt in prompts], (one, (1, *one))
         else:
-            y = self.y
-        raise TypeError(
-            f"A puts out {list(one)} for each of {n} items, and y has shape {list(y.shape)}: give "
-            f"one measurement {[1, *one]} for all, or a dict with one for each prompt."
-        )
+            given, shapes = [self.y], (one, (1, *one), (n, *one))
+        for y in given:
+            # `floor` had to guess from y alone whether its first dimension counts items
+            if y.shape not in shapes or (self.noise and _numbers(y) != one.numel()):
+                raise TypeError(
+                    f"A puts out {list(one)} for each of {n} items, and y has shape "
+                    f"{list(y.shape)}: give one measurement {[1, *one]} for all, or a dict with "
+                    "one for each prompt."
+                )
+        return torch.cat([y.reshape(-1, *one) for y in given])
 
 
 def _numbers(y: Tensor) -> int:

@@ -83,6 +83,25 @@ def gaussian_chain(
     return Model(denoiser, process, prompts=(None,) * conditions, name=f"gaussian-{kind}")
 
 
+@dataclass(frozen=True)
+class NoisyClassifier:
+    """log p(y | x_t) for y = x_0 + noise · normal, x_0 ~ N(·, diag var) the data of a chain: exact.
+
+    x_0 given x_t is normal about the denoiser's guess, of variance 1 / (1/var + alpha²/sigma²).
+    """
+
+    chain: GaussianChain
+    var: Tensor | float  # [D] float64, or a number
+    y: Tensor  # [D]
+    noise: float
+
+    def __call__(self, x: Tensor, t: Tensor, row: Tensor) -> Tensor:
+        alpha, sigma = self.chain.process.alpha[t.long()], self.chain.process.sigma[t.long()]
+        spread = 1 / (1 / self.var + (alpha / sigma).square()[:, None]) + self.noise**2
+        off = self.y - self.chain(x, t, row)
+        return -(off.square() / spread + (2 * torch.pi * spread).log()).sum(1).float() / 2
+
+
 def tilted(
     mean: Tensor, var: Tensor, slope: Tensor | float, curve: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor, float]:

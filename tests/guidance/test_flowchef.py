@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,22 +11,9 @@ from steering import FlowChef
 from steering.core import Model, Step
 from steering.gaussian import flow, vp
 from steering.noise import child_key, root_key
+from tests.guidance.steps import Squares
 
 QUIET = {"progress": False, "weights": "none"}
-
-
-@dataclass(frozen=True)
-class Squares:
-    """-|mask · (x - y)|², with the attributes of a measurement."""
-
-    y: Tensor
-    mask: Tensor
-    floor: float = 0.0
-    differentiable = True
-    least_squares = True
-
-    def __call__(self, x, prompts):
-        return -(self.mask * (x - self.y)).square().flatten(1).sum(1)
 
 
 class Still:

@@ -1,0 +1,6 @@
+"""Editing images that are there: with a mask of what to keep, and without one."""
+
+from steering.editing.flow_edit import flow_edit
+from steering.editing.masked import FlowChefEdit
+
+__all__ = ["FlowChefEdit", "flow_edit"]
