@@ -174,6 +174,8 @@ def scored(
 
 
 def _score(reward, decode, prompts, where: str, clean: Tensor, row: Tensor) -> Tensor:
+    if reward is None:
+        raise TypeError(f"the guidance asks for a reward {where}, and has none of its own.")
     items = clean if getattr(reward, "of_states", False) else decode()(clean)
     value = reward(items, [prompts[r] for r in row.tolist()])
     name, n = name_of(reward), len(clean)

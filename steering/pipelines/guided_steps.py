@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +20,8 @@ from steering.pipelines.asked import Asked, Decode, decoding, scored
 from steering.pipelines.recorded import Recorded, holds_copies
 from steering.pipelines.solver import Solver, check_solver, eta_of
 from steering.rewards.compose import name_of
+
+_ALWAYS = (0.0, 1.0)
 
 
 class Steering:
@@ -109,7 +110,7 @@ class Steering:
             return
         self._known.add(start.shape)
         solver = self._solver(start, None)
-        i = int(getattr(self.guidance, "window", (0.0, 1.0))[0] * solver.process.steps)
+        i = int(getattr(self.guidance, "window", _ALWAYS)[0] * solver.process.steps)
         x = start.detach().float() / solver.scale(0)
         try:
             with torch.no_grad():
@@ -155,11 +156,9 @@ class Steering:
         self.moved = solver.along(i), d
         stepped = base.step(*call.args, **call.kwargs)
         self.moved = None
-        following = torch.tensor([i + 1])
-        window = getattr(self.guidance, "window", (0.0, 1.0))
-        self.recorded.records = self.guidance.differentiates and (
-            again or bool(inside(window, following, solver.process.steps))
-        )
+        window, following = getattr(self.guidance, "window", _ALWAYS), torch.tensor([i + 1])
+        follows = again or bool(inside(window, following, solver.process.steps))
+        self.recorded.records = self.guidance.differentiates and follows
         return self._back(solver, i, stepped, index) if again else stepped
 
     def _move(self, solver: Solver, i: int, output: Tensor, sample: Tensor) -> Tensor:
@@ -305,57 +304,3 @@ class Steering:
 
     def _where(self, solver: Solver, i: int) -> str:
         return f"at step {i} of {solver.process.steps}"
-
-
-def steered_scheduler(base: type, steering: Steering) -> type:
-    """A scheduler class that steps as `steering` has it; to look at it is `base`.
-
-    Signatures are those of `base`: pipelines look at them.
-    """
-    signature = inspect.signature(base.step)
-
-    @functools.wraps(base.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        base.set_timesteps(self, *args, **kwargs)
-        if self is steering.scheduler:
-            steering.grid_set()
-
-    @functools.wraps(base.step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is not steering.scheduler:  # a copy
-            return base.step(self, *args, **kwargs)
-        return steering.step(base, signature.bind(self, *args, **kwargs))
-
-    members = {"set_timesteps": set_timesteps, "step": step}
-    if hasattr(base, "index_for_timestep"):
-
-        @functools.wraps(base.index_for_timestep)
-        def index_for_timestep(self: Any, timestep: Any, schedule_timesteps: Any = None) -> int:
-            own = steering.own if schedule_timesteps is None else schedule_timesteps
-            return base.index_for_timestep(self, timestep, own)
-
-        members["index_for_timestep"] = index_for_timestep
-    if hasattr(base, "multistep_uni_c_bh_update"):
-        correct = base.multistep_uni_c_bh_update
-
-        @functools.wraps(correct)
-        def multistep_uni_c_bh_update(self: Any, this_model_output: Tensor, *args: Any, **kwargs):
-            # it starts anew from the state before: correct first, then move
-            assert steering.moved is not None
-            along, d = steering.moved
-            held = (
-                this_model_output - d.to(this_model_output)
-                if self.predict_x0
-                else (this_model_output)
-            )
-            corrected = correct(self, held, *args, **kwargs)
-            return (corrected.float() + along * d).to(corrected.dtype)
-
-        members["multistep_uni_c_bh_update"] = multistep_uni_c_bh_update
-    return disguised(base, steering, members)
-
-
-def disguised(base: type, steering: Steering, members: dict[str, Any]) -> type:
-    """A subclass with these members that configurations take for `base` itself."""
-    looks = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (base,), {**looks, "_steering": steering, **members})

@@ -103,7 +103,7 @@ class Solver:
             return i
         if scheduler.step_index is None:
             scheduler._init_step_index(time)
-        k = int(scheduler.step_index)
+        k: Any = scheduler.step_index
         if self.name in ("HeunDiscrete", "FlowMatchHeunDiscrete"):  # levels come twice
             return k // 2 if scheduler.state_in_first_order else None
         if self.name == "DPMSolverSinglestep":

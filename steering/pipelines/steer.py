@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from steering.core import Guidance
 from steering.pipelines.asked import Asked
-from steering.pipelines.guided_steps import Steering, disguised, steered_scheduler
+from steering.pipelines.guided_steps import Steering
 from steering.pipelines.request import networks
 from steering.rewards.compose import name_of
 
@@ -62,7 +63,7 @@ def steer(
     _check(pipe, guidance, decode, vae)
     steering = Steering(pipe, guidance, decode, vae)
     with ExitStack() as undo:
-        undo.enter_context(_as(pipe.scheduler, steered_scheduler(type(pipe.scheduler), steering)))
+        undo.enter_context(_as(pipe.scheduler, _steered_scheduler(type(pipe.scheduler), steering)))
         undo.enter_context(_as(pipe, _steered_pipeline(type(pipe), steering)))
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
@@ -71,6 +72,54 @@ def steer(
             hook = network.register_forward_pre_hook(steering.recorded.hook, with_kwargs=True)
             undo.callback(hook.remove)
         yield pipe
+
+
+def _steered_scheduler(base: type, steering: Steering) -> type:
+    """A scheduler class that steps as `steering` has it; to look at it is `base`.
+
+    Signatures are those of `base`: pipelines look at them.
+    """
+    signature = inspect.signature(base.step)
+
+    @functools.wraps(base.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.set_timesteps(self, *args, **kwargs)
+        if self is steering.scheduler:
+            steering.grid_set()
+
+    @functools.wraps(base.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not steering.scheduler:  # a copy
+            return base.step(self, *args, **kwargs)
+        return steering.step(base, signature.bind(self, *args, **kwargs))
+
+    members = {"set_timesteps": set_timesteps, "step": step}
+    if hasattr(base, "index_for_timestep"):
+
+        @functools.wraps(base.index_for_timestep)
+        def index_for_timestep(self: Any, timestep: Any, schedule_timesteps: Any = None) -> int:
+            own = steering.own if schedule_timesteps is None else schedule_timesteps
+            return base.index_for_timestep(self, timestep, own)
+
+        members["index_for_timestep"] = index_for_timestep
+    if hasattr(base, "multistep_uni_c_bh_update"):
+        correct = base.multistep_uni_c_bh_update
+
+        @functools.wraps(correct)
+        def multistep_uni_c_bh_update(self: Any, this_model_output: Tensor, *args: Any, **kwargs):
+            # it starts anew from the state before: correct first, then move
+            assert steering.moved is not None
+            along, d = steering.moved
+            held = (
+                this_model_output - d.to(this_model_output)
+                if self.predict_x0
+                else (this_model_output)
+            )
+            corrected = correct(self, held, *args, **kwargs)
+            return (corrected.float() + along * d).to(corrected.dtype)
+
+        members["multistep_uni_c_bh_update"] = multistep_uni_c_bh_update
+    return _disguised(base, steering, members)
 
 
 def _steered_pipeline(base: type, steering: Steering) -> type:
@@ -90,7 +139,13 @@ def _steered_pipeline(base: type, steering: Steering) -> type:
             return latents
 
         members["prepare_latents"] = prepare_latents
-    return disguised(base, steering, members)
+    return _disguised(base, steering, members)
+
+
+def _disguised(base: type, steering: Steering, members: dict[str, Any]) -> type:
+    """A subclass with these members that configurations take for `base` itself."""
+    looks = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (base,), {**looks, "_steering": steering, **members})
 
 
 @contextmanager
@@ -132,6 +187,11 @@ def _check(pipe: Any, guidance: Any, decode: Any, vae: Any) -> None:
         given = f"the class {name}" if isinstance(guidance, type) else f"a {name}"
         raise TypeError(f"guidance is {given}: give a guidance, such as FlowChef(reward).")
     name = type(guidance).__name__
+    if hasattr(guidance, "check"):  # of a model, whose conditions it chooses between
+        raise TypeError(
+            f"{name} asks the network about several conditions, and a pipeline's call is of one: "
+            f"use it in sample(from_pipeline(pipe, ...), guidance={name}(...))."
+        )
     reward = getattr(guidance, "reward", ...)
     if reward is None:
         raise TypeError(f"{name} has no reward to follow: give {name}(reward).")
