@@ -1,0 +1,193 @@
+"""What a call of a pipeline asks for, as far as a reward is told, and how its states are scored."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.core import images_in_unit_range
+from steering.pipelines.flux import PackedCodec
+from steering.pipelines.latent import LatentCodec
+from steering.rewards.compose import name_of
+
+Decode = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Arguments of a pipeline's call.
+
+    Args:
+        prompts: one for each image, None where the pipeline has none.
+        height, width: in pixels; None is the pipeline's own.
+        generator: what noise is drawn from.
+    """
+
+    prompts: tuple[Any, ...] | None = None
+    height: int | None = None
+    width: int | None = None
+    generator: Any = None
+
+    @staticmethod
+    def of(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Asked:
+        """Of a call with these arguments; none where they do not fit, which the call will say."""
+        try:
+            bound = inspect.signature(call).bind(*args, **kwargs)
+        except TypeError:
+            return Asked()
+        bound.apply_defaults()
+        given = bound.arguments
+        prompts = given.get("prompt", given.get("class_labels"))
+        if isinstance(prompts, Tensor):
+            prompts = prompts.tolist()
+        if prompts is not None:
+            prompts = prompts if isinstance(prompts, (list, tuple)) else [prompts]
+            each = given.get("num_images_per_prompt", given.get("num_videos_per_prompt")) or 1
+            prompts = tuple(prompt for prompt in prompts for _ in range(each))
+        return Asked(prompts, given.get("height"), given.get("width"), given.get("generator"))
+
+    def count(self, states: Tensor) -> int:
+        """How many of the states [N, *D] are there, and not copies of those before them, which some
+        pipelines step along for their guidance?
+
+        Raises:
+            ValueError: there are others than prompts.
+        """
+        n = 1 if self.prompts is None else len(self.prompts)
+        if self.prompts is None or len(states) == n:
+            return len(states)
+        copies = states.split(n)
+        if len(states) % n == 0 and all(torch.equal(copies[0], copy) for copy in copies):
+            return n
+        if n > 1:
+            raise ValueError(
+                f"the pipeline steps {len(states)} states for {n} prompts: it is not known which "
+                "is whose. Give it one prompt, or one for each image."
+            )
+        return len(states)
+
+    def prompts_of(self, count: int) -> tuple[Any, ...]:
+        """One for each of `count` states."""
+        prompts = (None,) if self.prompts is None else self.prompts
+        return prompts if len(prompts) == count else prompts * count
+
+    def keys(self, count: int, device: torch.device) -> Tensor:
+        """Noise keys [count] int64 from copies of the call's generators, which stay untouched."""
+        own = self.generator
+        if own is None:
+            cuda = device.type == "cuda"
+            own = torch.cuda.default_generators[device.index or 0] if cuda else None
+            own = own or torch.default_generator
+        several = isinstance(own, (list, tuple))
+        draws = [
+            torch.randint(
+                -(2**63),
+                2**63 - 1,
+                (1 if several else count,),
+                generator=each.clone_state(),
+                device=each.device,
+            )
+            for each in (own if several else [own])
+        ]
+        return torch.cat([draw.to(device) for draw in draws])
+
+
+def decoding(pipe: Any, asked: Asked, x: Tensor, vae: Any = None) -> Decode:
+    """How states like x [N, *D] become images [N, C, H, W] in [0, 1].
+
+    Args:
+        pipe: whose states.
+        asked: of which call.
+        x: states.
+        vae: what decodes them; None is the pipeline's own autoencoder.
+
+    Raises:
+        ValueError: it is not known how.
+    """
+    vae = vae or getattr(pipe, "vae", None)
+    if vae is None:
+        if x.dim() == 4 and x.shape[1] in (1, 3):
+            return images_in_unit_range
+        raise _unknown(pipe, x)
+    config, channels = vae.config, vae.config.get("latent_channels")
+    factor = 2 ** (len(config.get("block_out_channels", [0])) - 1)
+    # some autoencoders say a shift that the families of U-Nets do not use
+    unshifted = hasattr(pipe, "unet") or type(pipe).__name__ == "DiTPipeline"
+    shift = 0.0 if unshifted else config.get("shift_factor") or 0.0
+    plain = config.get("latents_mean") is None and "scaling_factor" in config
+    if plain and x.dim() == 4 and x.shape[1] == channels:
+        return _codec(pipe, vae, factor**2 * math.prod(x.shape[2:]), shift)
+    if plain and x.dim() == 3 and ".flux." in type(pipe).__module__ and x.shape[2] == 4 * channels:
+        own = pipe.default_sample_size * pipe.vae_scale_factor
+        height, width = asked.height or own, asked.width or own
+        sides = [side // (2 * pipe.vae_scale_factor) for side in (height, width)]
+        if math.prod(sides) != x.shape[1]:
+            raise ValueError(
+                f"height={height}, width={width} do not give {x.shape[1]} tokens: give the "
+                "pipeline the height and width of its images."
+            )
+        return PackedCodec(_codec(pipe, vae, height * width, shift), pipe, height, width)
+    raise _unknown(pipe, x)
+
+
+def _codec(pipe: Any, vae: Any, pixels: int, shift: float) -> LatentCodec:
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", True)
+    if upcast and hasattr(vae, "_hf_hook"):  # a copy must not bring the hooks, and all they hold
+        if any(weight.is_meta for weight in vae.parameters()):
+            raise ValueError(
+                "pipe.vae is in float16, which overflows, and its weights are offloaded one by "
+                "one: give vae=, a small autoencoder of the same latents (AutoencoderTiny)."
+            )
+        fresh = type(vae).from_config(vae.config)
+        fresh.load_state_dict(vae.state_dict())
+        vae = fresh.eval().requires_grad_(False).to(pipe._execution_device)
+    return LatentCodec.of(vae, pixels, shift)
+
+
+def _unknown(pipe: Any, x: Tensor) -> ValueError:
+    return ValueError(
+        f"it is not known how states {list(x.shape)} of {type(pipe).__name__} become images: give "
+        "steer(..., decode=), a differentiable function of them, or a reward of the states "
+        "themselves, as measure(..., space='states') is."
+    )
+
+
+def scored(
+    reward: Any, decode: Callable[[], Decode], prompts: tuple[Any, ...], where: str
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(clean [K, *D], row [K]) -> [K] float32, the reward of their items, with its gradient.
+
+    Args:
+        reward: asked about items, or about states where it is `of_states`.
+        decode: gives the decoder.
+        prompts: by row.
+        where: for errors.
+    """
+    return partial(_score, reward, decode, prompts, where)
+
+
+def _score(reward, decode, prompts, where: str, clean: Tensor, row: Tensor) -> Tensor:
+    if reward is None:
+        raise TypeError(f"the guidance asks for a reward {where}, and has none of its own.")
+    items = clean if getattr(reward, "of_states", False) else decode()(clean)
+    value = reward(items, [prompts[r] for r in row.tolist()])
+    name, n = name_of(reward), len(clean)
+    if not isinstance(value, Tensor) or tuple(value.shape) != (n,):
+        given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"reward {name} returned {given} for {n} items {where}: a guidance needs a tensor of "
+            f"one number per item, shape [{n}]."
+        )
+    if clean.requires_grad and not value.requires_grad:
+        raise TypeError(
+            f"reward {name} has no gradient {where}, and a guidance follows it: give a "
+            "differentiable reward."
+        )
+    return value.to(clean.device, torch.float32)
