@@ -148,8 +148,6 @@ def main() -> None:
             "Twist, skip": Twist(jacobian="skip"),
             "FlowChef": FlowChef(step=searched_step(bench, task, args.nfe[0])),
         }
-        if not args.quick:
-            guidances["Twist, full"] = Twist()
         print(f"\n{task}: mean exp(reward) {reference.mean_weight:.4g}; FlowChef's step "
               f"{guidances['FlowChef'].step:g}")  # fmt: skip
         kind = "MMD² x 1000" if task == "rare" else "Fréchet"

@@ -97,11 +97,11 @@ def _flowdps(reward: Any, s: Settings) -> Guidance:
 
 RELATIVE = (0.125, 0.25, 0.5, 1.0)
 METHODS = {
-    "FlowChef": Method(_flowchef, RELATIVE, (1, 3)),
-    "DPS": Method(_dps, (0.25, 0.5, 1.0, 2.0)),
+    "FlowChef": Method(_flowchef, RELATIVE, (1, 3, 10)),
+    "DPS": Method(_dps, (0.5, 1.0, 2.0, 4.0)),
     "MPGD": Method(_mpgd, RELATIVE),
-    "FreeDoM": Method(_freedom, RELATIVE, (1, 2)),
-    "FlowDPS": Method(_flowdps, RELATIVE, (1, 3)),
+    "FreeDoM": Method(_freedom, (1.0, 2.0, 4.0, 8.0), (1, 2)),
+    "FlowDPS": Method(_flowdps, RELATIVE, (1, 3, 10)),
 }
 
 
