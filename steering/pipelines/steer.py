@@ -114,11 +114,9 @@ def _steered_scheduler(base: type, steering: Steering) -> type:
             # it starts anew from the state before: correct first, then move
             assert steering.moved is not None
             along, d = steering.moved
-            held = (
-                this_model_output - d.to(this_model_output)
-                if self.predict_x0
-                else (this_model_output)
-            )
+            held = this_model_output
+            if self.predict_x0:  # else it is noise, which is held
+                held = held - d.to(held)
             corrected = correct(self, held, *args, **kwargs)
             return (corrected.float() + along * d).to(corrected.dtype)
 
