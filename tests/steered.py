@@ -97,8 +97,8 @@ def latents_of(pipe: Any, *args, **kwargs) -> Tensor:
 
 
 def of(pipe: Any) -> tuple:
-    """All there is of a pipeline but what its own calls leave: the scheduler's grid and history, and
-    after an exception where its loop was."""
+    """All there is of a pipeline but what its own calls leave: the scheduler's grid and history,
+    and after an exception where its loop was."""
     networks = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     return (
         type(pipe),

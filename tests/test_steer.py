@@ -21,6 +21,7 @@ from steering.pipelines.schedulers import FLOWS, SUPPORTED
 from steering.pipelines.solver import Solver, eta_of
 from tests.steered import (
     STEPS,
+    Pointwise,
     Target,
     latents_of,
     pointwise,
@@ -95,6 +96,59 @@ def test_every_solver_arrives_and_leaves_the_rest_alone(name):
     assert reward.left(steered) < 1e-3 * reward.left(plain)
     assert torch.equal(steered[..., 2:], plain[..., 2:])
     assert torch.equal(run(pipe), plain)
+
+
+FLOWING = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "solver_order": 1}
+ON_A_LINE = {
+    "FlowMatchEulerDiscrete": {},
+    "FlowMatchHeunDiscrete": {},
+    "DPMSolverMultistep": FLOWING,
+    "UniPCMultistep": FLOWING,  # which corrects each state from the one before
+}
+
+
+@pytest.mark.parametrize("name", list(ON_A_LINE))
+def test_on_a_straight_flow_each_step_removes_its_share_once(name):
+    """T steps leave (1 - step)^T of the residual, whatever stages and corrections a solver has; the
+    reward is asked once a step, and once before the first."""
+    noise, point = torch.linspace(-2, 2, 16).view(1, 1, 4, 4), torch.full((1, 1, 4, 4), 0.5)
+
+    class Line(Pointwise):
+        def forward(self, x, t, labels, return_dict=False):
+            return (noise - point,)
+
+    class Counting(Target):
+        def __call__(self, x, prompts):
+            counted.append(len(x))
+            return super().__call__(x, prompts)
+
+    counted: list[int] = []
+    pipe = pointwise(scheduler_of(name, **ON_A_LINE[name]))
+    pipe.unet = Line()
+    reward = Counting(torch.full((1, 4, 4), 3.0), torch.ones(1, 4, 4))
+    plain = run(pipe, (0,), latents=noise)
+    with steer(pipe, FlowChef(reward, step=0.3)):
+        steered = run(pipe, (0,), latents=noise)
+    # float32, six steps, values up to 3
+    torch.testing.assert_close(3 - steered, 0.7**STEPS * (3 - plain), rtol=0, atol=1e-5)
+    assert len(counted) == STEPS + 1
+
+
+@pytest.mark.parametrize("name", ["HeunDiscrete", "PNDM", "DPMSolverSinglestep"])
+def test_further_stages_of_a_step_are_not_bent(name):
+    scheduler, counted = scheduler_of(name), list[int]()
+
+    class Counting(Target):
+        def __call__(self, x, prompts):
+            counted.append(len(x))
+            return super().__call__(x, prompts)
+
+    pipe = pointwise(scheduler)
+    with steer(pipe, FlowChef(Counting(torch.zeros(1, 4, 4), torch.ones(1, 4, 4)))):
+        run(pipe)
+    blocks = {"HeunDiscrete": STEPS, "PNDM": STEPS, "DPMSolverSinglestep": 4}  # of 1, 2, 1, 2, 1, 1
+    assert len(counted) == blocks[name] + 1
+    assert pipe.unet.calls == {"HeunDiscrete": 11, "PNDM": 7, "DPMSolverSinglestep": 6}[name]
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

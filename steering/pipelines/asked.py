@@ -18,6 +18,7 @@ from steering.pipelines.latent import LatentCodec
 from steering.rewards.compose import name_of
 
 Decode = Callable[[Tensor], Any]
+_UNPACKS = ["latents", "height", "width", "vae_scale_factor"]  # as FLUX and its kin unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +125,9 @@ def decoding(pipe: Any, asked: Asked, x: Tensor, vae: Any = None) -> Decode:
     plain = config.get("latents_mean") is None and "scaling_factor" in config
     if plain and x.dim() == 4 and x.shape[1] == channels:
         return _codec(pipe, vae, factor**2 * math.prod(x.shape[2:]), shift)
-    if plain and x.dim() == 3 and ".flux." in type(pipe).__module__ and x.shape[2] == 4 * channels:
+    unpack = getattr(pipe, "_unpack_latents", None)
+    packed = unpack is not None and list(inspect.signature(unpack).parameters) == _UNPACKS
+    if plain and packed and x.dim() == 3 and x.shape[2] == 4 * channels:
         own = pipe.default_sample_size * pipe.vae_scale_factor
         height, width = asked.height or own, asked.width or own
         sides = [side // (2 * pipe.vae_scale_factor) for side in (height, width)]

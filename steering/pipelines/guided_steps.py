@@ -197,17 +197,9 @@ class Steering:
         prompts = self._asked.prompts_of(len(x))
         reward = getattr(self.guidance, "reward", None)
         score = scored(reward, lambda: self._decoder(sample), prompts, self._where(solver, i))
-        step = Step(
-            x,
-            torch.full((len(x),), i, device=x.device),
-            torch.arange(len(x)),
-            self._step_key(i, x),
-            1.0,
-            solver.process,
-            reward,
-            denoise,
-            score,
-        )
+        at, row = torch.full((len(x),), i, device=x.device), torch.arange(len(x))
+        key = self._step_key(i, x)
+        step = Step(x, at, row, key, 1.0, solver.process, reward, denoise, score)
         return getattr(self.guidance, "once", self.guidance.propose)(step)
 
     def _shift(self, solver: Solver, i: int, proposal: Proposal) -> Tensor:
@@ -250,15 +242,14 @@ class Steering:
                 f"the pipeline starts at step {i} of {solver.process.steps}, and "
                 f"{type(self.guidance).__name__} travels back in time: give it the whole grid."
             )
-        steps = solver.process.steps
         often: Any = self.guidance
-        return self._taken[i] < int(often.repeats(torch.tensor([i]), steps))
+        return self._taken[i] < int(often.repeats(torch.tensor([i]), solver.process.steps))
 
     def _back(self, solver: Solver, i: int, stepped: Any, index: int | None) -> Any:
         """What `step` returned, its state noised back to level i."""
         if index is not None:
             self.scheduler._step_index = index
-        made = stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample
+        made = stepped[0]  # of the scheduler's outputs, too
         x = made.float() / solver.scale(i + 1)
         noise = normal(child_key(self._step_key(i, x), 1), x.shape[1:])
         x = up_again(solver.process, torch.full((len(x),), i, device=x.device), x, noise)
@@ -295,12 +286,10 @@ class Steering:
         return child_key(child_key(self._key, i), self._taken[i])
 
     def _decoder(self, sample: Tensor) -> Decode:
-        if self._decode is not None:
-            return self._decode
         about = sample.shape[1:], self._asked.height, self._asked.width
-        if about not in self._decoders:
+        if self._decode is None and about not in self._decoders:
             self._decoders[about] = decoding(self.pipe, self._asked, sample, self._vae)
-        return self._decoders[about]
+        return self._decode or self._decoders[about]
 
     def _where(self, solver: Solver, i: int) -> str:
         return f"at step {i} of {solver.process.steps}"

@@ -68,7 +68,9 @@ def steer(
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 undo.enter_context(_frozen(part))
-        for network in networks(pipe).values():
+        for name, network in networks(pipe).items():
+            if "adapter" in name:  # which sees an image, once, and no state
+                continue
             hook = network.register_forward_pre_hook(steering.recorded.hook, with_kwargs=True)
             undo.callback(hook.remove)
         yield pipe
@@ -93,7 +95,7 @@ def _steered_scheduler(base: type, steering: Steering) -> type:
             return base.step(self, *args, **kwargs)
         return steering.step(base, signature.bind(self, *args, **kwargs))
 
-    members = {"set_timesteps": set_timesteps, "step": step}
+    members: dict[str, Any] = {"set_timesteps": set_timesteps, "step": step}
     if hasattr(base, "index_for_timestep"):
 
         @functools.wraps(base.index_for_timestep)
@@ -102,6 +104,8 @@ def _steered_scheduler(base: type, steering: Steering) -> type:
             return base.index_for_timestep(self, timestep, own)
 
         members["index_for_timestep"] = index_for_timestep
+    if not hasattr(base, "scale_model_input"):  # by exact class some do not ask a base for it
+        members["scale_model_input"] = lambda self, sample, *args: sample
     if hasattr(base, "multistep_uni_c_bh_update"):
         correct = base.multistep_uni_c_bh_update
 
@@ -110,11 +114,9 @@ def _steered_scheduler(base: type, steering: Steering) -> type:
             # it starts anew from the state before: correct first, then move
             assert steering.moved is not None
             along, d = steering.moved
-            held = (
-                this_model_output - d.to(this_model_output)
-                if self.predict_x0
-                else (this_model_output)
-            )
+            held = this_model_output
+            if self.predict_x0:  # else it is noise, which is held
+                held = held - d.to(held)
             corrected = correct(self, held, *args, **kwargs)
             return (corrected.float() + along * d).to(corrected.dtype)
 
