@@ -16,9 +16,9 @@ from steering.gaussian import NormalTransition
 from steering.guidance.bend import inside
 from steering.guidance.freedom import up_again
 from steering.noise import child_key, normal
-from steering.pipelines.asked import Asked, Decode, decoding, scored
-from steering.pipelines.recorded import Recorded, holds_copies
-from steering.pipelines.solver import Solver, check_solver, eta_of
+from steering.pipelines.steered.asked import Asked, Decode, decoding, scored
+from steering.pipelines.steered.recorded import Recorded, holds_copies
+from steering.pipelines.steered.solver import Solver, check_solver, eta_of
 from steering.rewards.compose import name_of
 
 _ALWAYS = (0.0, 1.0)

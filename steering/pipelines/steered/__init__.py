@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from steering.core import Guidance
-from steering.pipelines.asked import Asked
-from steering.pipelines.guided_steps import Steering
 from steering.pipelines.request import networks
+from steering.pipelines.steered.asked import Asked
+from steering.pipelines.steered.guided_steps import Steering
 from steering.rewards.compose import name_of
 
 
