@@ -35,7 +35,7 @@ from steering.core import Guidance, Model
 from steering.metrics import Moments, frechet
 from steering.zoo.evaluate import grid
 
-STEPS, NULL, SEED, EXTRACTOR = 50, 10, 0, "mnist-classifier/64"
+STEPS, NULL, SEED, EXTRACTOR = 25, 10, 0, "mnist-classifier/64"
 TUNING_PER_CLASS = 5  # of the 25 images of each class
 
 

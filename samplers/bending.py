@@ -15,6 +15,7 @@ from samplers.ledger import Ledger
 from samplers.network import Network
 from samplers.scoring import PROGRAMMING, OnError, WrongShapeError, reward_name
 from steering.core import Guidance, Model, Step
+from steering.guidance.bend import check_acts
 from steering.noise import root_key
 
 _BROKEN = "a guided step whose reward or gradient is not finite"
@@ -35,8 +36,7 @@ class Bending:
     """A guidance at work on one model.
 
     A part that runs out of memory is taken again in halves, from there on for good; one whose
-    reward raises, one particle at a time, to find the one to blame. What a part cost is counted
-    when it is done.
+    reward raises likewise, until the particle to blame is alone. Rows are counted once.
 
     Args:
         guidance, model: who bends, and what.
@@ -75,8 +75,9 @@ class Bending:
         suits = getattr(self.guidance, "check", None)
         if suits is not None:
             suits(self._model)
-        process, window = self._model.process, getattr(self.guidance, "window", (0.0, 1.0))
-        first = int(window[0] * process.steps)
+        process = self._model.process
+        counted = self._ledger.decodes, self._ledger.guided
+        first = check_acts(self.guidance, process.stochastic.cpu())
         key = root_key(0, torch.zeros(1, dtype=torch.int64, device=self._model.device))
         x = process.prior(key)
         i, row = torch.full_like(key, first), torch.zeros(1, dtype=torch.int64)
@@ -86,6 +87,8 @@ class Bending:
             raise
         except Exception:
             return  # an item may be at fault, as noise is none: the run will see
+        finally:
+            self._ledger.decodes, self._ledger.guided = counted  # it is no part of the run
 
     def __call__(
         self,
@@ -106,41 +109,43 @@ class Bending:
             lam: λ.
             known: [N, *D] clean guesses of x that were paid for already.
         """
-        parts, done = [], 0
         at_once = self._network.at_once(x) if self.guidance.differentiates else len(x)
-        alone = 0  # particles to go one by one
-        while done < len(x):
-            size = 1 if alone else min(len(x) - done, self._fits, at_once)
-            take = slice(done, done + size)
-            before = self._ledger.rows.clone(), [r.rows for r in requests[take]]
+        cuts = torch.arange(len(x)).split(min(at_once, self._fits))
+        waiting = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts]
+        parts = []
+        while waiting:
+            take = waiting.pop(0)
+            size, before = take.stop - take.start, self._ledger.rows.clone()
+            halves = [slice(take.start, take.start + size // 2)] if size > 1 else []
+            halves += [slice(take.start + size // 2, take.stop)]
             guesses = None if known is None else known[take]
             try:
-                columns = (x[take], at[take], row[take], key[take])
-                parts.append(self._bend(requests[take], *columns, lam, guesses))
+                bent = self._bend(x[take], at[take], row[take], key[take], lam, guesses)
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
-                self._fits = size // 2
-                self._undo(requests[take], before)
+                self._fits = min(self._fits, size - size // 2)
+                self._ledger.rows.copy_(before)
                 torch.cuda.empty_cache()
+                waiting = halves + waiting
                 continue
             except (*PROGRAMMING, WrongShapeError):
                 raise
             except Exception as error:
                 if self._on_error == "raise":
                     raise
-                if size > 1:
-                    alone = size
-                    self._undo(requests[take], before)
+                if size > 1:  # one of them is to blame
+                    self._ledger.rows.copy_(before)
+                    waiting = halves + waiting
                     continue
                 self._note(f"{type(error).__name__}: {error}")
-                parts.append(_lost(x[take]))
-            done += size
-            alone = max(0, alone - size)
+                bent = _lost(x[take])
+            self._charge(requests[take], row[take], at[take], before, paid=known is not None)
+            parts.append(bent)
         names = ("x", "clean", "log_ratio", "failed")
         return Bent(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
 
-    def _bend(self, requests, x, at, row, key, lam: float, known: Tensor | None) -> Bent:
+    def _bend(self, x, at, row, key, lam: float, known: Tensor | None) -> Bent:
         i = at.to(x.device)
 
         def denoise(x_: Tensor, i_: Tensor, row_: Tensor) -> Tensor:
@@ -150,9 +155,7 @@ class Bending:
                 return self._network.differentiable(x_, i_, row_)
             return self._network(x_, i_, i_.cpu(), row_)
 
-        before = self._ledger.rows.clone()
         proposal = self._propose(x, i, row, key, lam, denoise)
-        self._charge(requests, row, at, before, paid=known is not None)
         moved = proposal.guided.sample(key)
         ratio = proposal.base.log_prob(moved) - proposal.guided.log_prob(moved)
         failed = proposal.failed.cpu()
@@ -172,6 +175,7 @@ class Bending:
         """reward(decode(clean)) [N] float32, or of the clean states, with its gradient."""
         prompts = [self._model.prompts[r] for r in row.tolist()]
         of_states = getattr(self.reward, "of_states", False)
+        self._ledger.guided += len(clean)
         if not of_states:
             self._ledger.decodes += len(clean)
         items = clean if of_states else (self._model.preview or self._model.decode)(clean)
@@ -198,7 +202,7 @@ class Bending:
         planned = self._network.rows[row, at] * (0 if paid else self.factor[at])
         spent, total = int((self._ledger.rows - before).sum()), int(planned.sum())
         if spent > total:
-            raise RuntimeError(
+            raise RuntimeError(  # outside of what may fail: the guidance is wrong, not a particle
                 f"{type(self.guidance).__name__} took {spent} network rows for steps where its "
                 f"rows(i, steps) promises {total}."
             )
@@ -207,11 +211,6 @@ class Bending:
         self._ledger.rows.copy_(before.index_add(0, row, charged))
         for r, rows in zip(requests, charged.tolist(), strict=True):
             r.rows += rows
-
-    def _undo(self, requests: list[Request], before: tuple[Tensor, list[int]]) -> None:
-        self._ledger.rows.copy_(before[0])
-        for r, rows in zip(requests, before[1], strict=True):
-            r.rows = rows
 
     def _note(self, error: str) -> None:
         self._ledger.first_error = self._ledger.first_error or error

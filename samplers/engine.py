@@ -390,7 +390,8 @@ class Engine:
         row = torch.tensor([r.row for r in requests])
         bent = torch.zeros_like(looking)
         if self.bending is not None:
-            bent = ~looking & self._bends[at.clamp(max=self.model.process.steps - 1)]
+            lost = torch.tensor([r.failed for r in requests])  # what is lost is not asked about
+            bent = ~(looking | lost) & self._bends[at.clamp(max=self.model.process.steps - 1)]
         if not bent.any():
             return self._plain(requests, x, at, row, looking, key, known)
         clean = torch.empty_like(x)

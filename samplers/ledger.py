@@ -18,6 +18,7 @@ class Ledger:
     calls: int = 0  # network calls
     padded: int = 0  # rows that only filled a call up to a fixed size
     backward: int = 0  # rows differentiated through the network
+    guided: int = 0  # items that a guidance asked its reward about, beside `reward_calls`
     decodes: int = 0  # states decoded
     replayed: int = 0  # of `rows`, those answered from a record
     seconds: float = 0.0  # of wall clock
@@ -33,7 +34,7 @@ class Ledger:
 
     def add(self, other: Ledger) -> None:
         """Count what another ledger of the same conditions has counted."""
-        for name in ("rows", "reward_calls", "rescored", "calls", "padded", "backward"):
+        for name in ("rows", "reward_calls", "rescored", "calls", "padded", "backward", "guided"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("decodes", "replayed", "seconds", "scoring_seconds", "waited_seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))

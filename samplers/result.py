@@ -178,10 +178,11 @@ class Result:
             for name, value in self.also.items():
                 lines.append(f"held out, {name}: mean {float((share * value).sum()):.4f}")
         spent = self.spent
+        guided = f" and {spent.guided} for guidance" if spent.guided else ""
         lines.append(
             f"{self.nfe} network rows in {spent.calls} calls ({spent.padded} rows of padding, "
             f"{spent.replayed} rows from the record), "
-            f"{int(spent.reward_calls.sum())} reward calls, {spent.decodes} decodes, "
+            f"{int(spent.reward_calls.sum())} reward calls{guided}, {spent.decodes} decodes, "
             f"{spent.seconds:.1f} s; {self.status}"
         )
         if self.failed and spent.first_error:

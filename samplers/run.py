@@ -59,7 +59,8 @@ def sample(
         sampler: how, for instance `TreeSampling()`.
         nfe: hard limit of network rows per condition; a classifier-free-guidance pair is two.
         reward_calls: hard limit of items scored per condition; items scored again alone, because a
-            batch of them raised, are counted apart.
+            batch of them raised, are counted apart, and so are those that a guidance asks about
+            (`spent.guided`).
         seconds: of wall clock, for the run, not counting what a record answers; may overrun by one
             network call and the reward call that is running then (with offloaded networks, by the
             scoring of what waits, at most 64 items).

@@ -133,9 +133,11 @@ class Proposal:
 class Guidance(Protocol):
     """Bends a step.
 
-    One that follows a reward of its own, instead of the run's, has it as an attribute `reward`; a
-    reward whose attribute `of_states` is true is asked about clean states, not decoded items. One
-    that does not suit every model has a method `check(model)`, which raises before the first row.
+    One that acts in some steps only has an attribute `window`; one that moves a step by the noise
+    it draws, `needs_noise`. One that follows a reward of its own, instead of the run's, has it as
+    an attribute `reward`; a reward whose attribute `of_states` is true is asked about clean states,
+    not decoded items. One that does not suit every model has a method `check(model)`, which raises
+    before the first row.
     """
 
     @property

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samplers import SMC, Ancestral, BestOfN, Importance, TreeSampling, sample
+from samplers import SMC, Ancestral, BestOfN, Importance, TreeSampling, load, sample
 from steering import FlowChef
 from tests.exact import gaussian_chain
 
@@ -93,13 +93,20 @@ def test_a_guided_step_that_runs_out_of_memory_is_taken_in_parts(jacobian, holds
     assert int(parts.spent.rows.sum()) == int(whole.spent.rows.sum()) == 64
 
 
-def test_a_reward_that_raises_in_a_guided_step_loses_that_walk_alone():
+def test_a_reward_that_raises_in_a_guided_step_loses_that_walk_alone(tmp_path):
     model = gaussian_chain(steps=4, dim=1)
+    seen = hooked(model)
     reward = Near(fails=lambda x: bool((x.detach() > 0.4).any()))
     run = sample(
-        model, reward, Ancestral(40), guidance=FlowChef(step=0.05), weights="none", **QUIET
-    )
+        model, reward, Ancestral(40), guidance=FlowChef(step=0.05), weights="none",
+        record=tmp_path / "run", **QUIET,
+    )  # fmt: skip
     assert 0 < run.failed < 40
+    assert int(run.spent.rows.sum()) == 160
+    # four calls, and halves and halves again for each walk when it is lost, but not after that
+    assert len(seen) < 4 + 2 * 6 * run.failed
+    again = load(tmp_path / "run", model, reward, guidance=FlowChef(step=0.05))
+    assert torch.equal(again.spent.rows, run.spent.rows)
     assert run.distinct == 40 - run.failed
     assert "not this one" in run.spent.first_error
     with pytest.raises(RuntimeError, match="not this one"):
@@ -166,3 +173,25 @@ def test_on_an_ode_a_guidance_needs_no_weights(weights):
     run = sample(model, Near(), BestOfN(4), guidance=guidance, weights="none", **QUIET)
     assert (run.items - 1.0).abs().max() < 1e-5
     assert run.biased
+
+
+def test_a_guidance_that_asks_more_than_it_said_is_wrong_and_no_walk_has_failed():
+    class Greedy(FlowChef):
+        def propose(self, step):
+            step.denoise(step.x + 0, step.i, step.row)
+            return super().propose(step)
+
+    with pytest.raises(RuntimeError, match=r"Greedy took 8 network rows .* promises 4"):
+        sample(gaussian_chain(steps=4, dim=1), Near(), Ancestral(4), guidance=Greedy(),
+               weights="none", **QUIET)  # fmt: skip
+
+
+def test_items_that_a_guidance_asks_about_are_counted_apart():
+    model, reward = gaussian_chain(steps=5, dim=1), Near()
+    guidance = FlowChef(step=0.1, inner=3)
+    run = sample(model, reward, BestOfN(), reward_calls=8, guidance=guidance, weights="none",
+                 **QUIET)  # fmt: skip
+    assert run.spent.guided == 8 * 5 * 3
+    assert int(run.spent.reward_calls.sum()) == 8
+    assert reward.seen == 8 + 120 + 3  # the last in one step that is tried before the first row
+    assert "8 reward calls and 120 for guidance" in str(run)

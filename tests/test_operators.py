@@ -1,6 +1,8 @@
 """Operators against scipy, counting and their own transposes; measurements against their sums."""
 
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ import scipy.ndimage
 import torch
 
 import steering
+from samplers import BestOfN, sample
 from samplers.scoring import call_reward
-from steering import operators
+from steering import measure, operators
 from steering.operators import Blur, Box, Downsample, Random, observe
 from steering.rewards import Jpeg, Measure
+from tests.exact import gaussian_chain
 
 ALL = [Box(3), Random(0.3), Downsample(2), Blur(1.2)]
 
@@ -217,8 +221,8 @@ def test_what_guidances_ask_of_a_measure():
         assert Measure(Downsample(2), same, noise=0.5).floor == reward.floor
     assert Measure(Downsample(2), y).floor == 0
     assert Measure(Box(3), y, space="states").of_states
-    assert reward.name == "measure(Downsample)"
-    assert (0.5 * reward + Jpeg()).name == "0.5*measure(Downsample) + 1*-jpeg kB"
+    assert re.fullmatch(r"measure\(Downsample #[0-9a-f]{8}\)", reward.name)
+    assert (0.5 * reward + Jpeg()).name == f"0.5*{reward.name} + 1*-jpeg kB"
     assert reward.card.source == "Downsample"
 
 
@@ -281,3 +285,28 @@ def test_what_does_not_match_ends_a_run_with_one_clear_error(reward, words):
     with pytest.raises(TypeError, match=words) as caught:
         call_reward(reward, images(), [None] * 3, "fail")  # which makes a value of other errors
     assert len(str(caught.value)) < 500
+
+
+def test_another_measurement_has_another_name():
+    y = torch.zeros(1, 1, 4, 4)
+    rewards = [
+        measure(operators.Box(2), y),
+        measure(operators.Box(1), y),
+        measure(operators.Box(2), y + 1),
+        measure(operators.Box(2), y, noise=0.1),
+        measure(operators.Box(2), y, space="states"),
+        measure(operators.Box(2), {0: y, 1: y}),
+        measure(operators.Box(2), {0: y, 1: y + 1}),
+    ]
+    assert len({reward.name for reward in rewards}) == len(rewards)
+    assert measure(operators.Box(2), y.clone()).name == rewards[0].name
+
+
+def test_a_record_of_another_measurement_is_refused(tmp_path):
+    model = replace(gaussian_chain(steps=4, dim=1), decode=lambda x: x.view(-1, 1, 1, 1))
+    y = torch.zeros(1, 1, 1, 1)
+    identity = operators.Downsample(1)
+    first = measure(identity, y)
+    sample(model, first, BestOfN(3), record=tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="its reward is"):
+        sample(model, measure(identity, y + 5), BestOfN(3), record=tmp_path / "run", progress=False)

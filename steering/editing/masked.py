@@ -14,7 +14,7 @@ from steering.core import Model, Proposal, Step
 from steering.digest import digest
 from steering.editing.states import check_shape, check_state, of_rows
 from steering.gaussian import GaussianProcess, NormalTransition, over_data
-from steering.guidance.bend import Window, check_inner, check_window, gaussian, inside
+from steering.guidance.bend import Window, carried, check_inner, check_window, gaussian, inside
 from steering.guidance.rules import RuleName, check_rule, check_step, rule_for
 
 _TASKS = (
@@ -203,7 +203,7 @@ class FlowChefEdit:
         own = process.transition(x, i, edit)
         bent = process.transition(x, i, clean)
         sigma, moved = process.sigma[i].float(), clean
-        full = i < int(self.full_source * process.steps)
+        full = inside((0.0, self.full_source), i, process.steps)
         held = torch.where(over_data(full, x), 1.0, mask)
         held = held * over_data(inside(self.window, i, process.steps), x)
         move = rule_for(self.rule, self, self.step)
@@ -211,7 +211,7 @@ class FlowChefEdit:
             away = held * (moved - source)
             value = -away.square().flatten(1).sum(1)
             moved = moved + move(value, -2 * held * away, sigma)
-        mean = bent.mean + over_data(process.carry(i), x) * (moved - clean)
+        mean = bent.mean + carried(step, clean, moved - clean)
         failed = ~moved.flatten(1).isfinite().all(1)
         return Proposal(own, NormalTransition(mean, own.std), edit, failed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steering.core import Proposal, Step
+from steering.core import Guidance, Proposal, Step
 from steering.gaussian import GaussianProcess, NormalTransition, over_data
 from steering.guidance.rules import Rule
 
@@ -28,10 +29,40 @@ class Slope:
     failed: Tensor  # [N] bool: the value or the gradient is not finite
 
 
+def window_steps(window: Window, steps: int) -> tuple[int, int]:
+    """First step of a window of shares, and the first one after it: floor(share · steps)."""
+    # a share k / n of n steps is k of them, though floats may have it a little less
+    first, end = (math.floor(share * steps + 1e-9) for share in window)
+    return first, end
+
+
+def check_acts(guidance: Guidance, stochastic: Tensor) -> int:
+    """The first step that a guidance acts on, out of T that draw noise or not: stochastic [T] bool.
+
+    Raises:
+        ValueError: there is none in its window; or it follows noise (`needs_noise`), and there none
+            is drawn.
+    """
+    name, window = type(guidance).__name__, getattr(guidance, "window", (0.0, 1.0))
+    first, end = window_steps(window, len(stochastic))
+    if first == end:
+        raise ValueError(
+            f"window={window!r} of {name} holds none of {len(stochastic)} steps: give a wider one, "
+            "or more steps."
+        )
+    if getattr(guidance, "needs_noise", False) and not stochastic[first:end].any():
+        raise ValueError(
+            f"{name} moves a step by its own noise, and none is drawn in window={window!r}: use a "
+            "stochastic process (eta > 0), or FlowChef or DPS."
+        )
+    return first
+
+
 def inside(window: Window, i: Tensor, steps: int) -> Tensor:
     """Which of the steps i [N] lie in a window of shares: floor(start · T) <= i < floor(stop · T),
     counted from the noise: [N] bool, on i's device."""
-    return (i >= int(window[0] * steps)) & (i < int(window[1] * steps))
+    first, end = window_steps(window, steps)
+    return (i >= first) & (i < end)
 
 
 def check_window(window: object, name: str = "window") -> None:
@@ -107,6 +138,22 @@ def move_guess(step: Step, clean: Tensor, move: Rule, inner: int) -> tuple[Tenso
         clean = clean + move(at.value, at.gradient, sigma)
         failed = failed | at.failed
     return clean, failed
+
+
+def carried(step: Step, clean: Tensor, d: Tensor, *, noise_held: bool = False) -> Tensor:
+    """How far the next states go, [N, *D], when clean guesses [N, *D] are moved by d [N, *D].
+
+    The state moves along, so that the other end of its line is held (`GaussianProcess.carry`), or
+    with `noise_held` the noise on every chain; where the chain clips guesses, the moved one is.
+    """
+    process = gaussian(step)
+    held = process.straight and not noise_held
+    if process.bound is None and not noise_held:
+        return over_data(process.carry(step.i), d) * d
+    alpha, sigma = process.alpha[step.i], process.sigma[step.i]
+    along = over_data((alpha + held * sigma).float(), d)
+    moved = process.transition(step.x + along * d, step.i, clean + d)
+    return moved.mean - process.transition(step.x, step.i, clean).mean
 
 
 def slope_of(clean: Tensor, value: Tensor, gradient: Tensor) -> Slope:

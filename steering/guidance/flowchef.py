@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from steering.core import Proposal, Step
-from steering.gaussian import over_data
 from steering.guidance.bend import (
     Jacobian,
     Window,
     bent_within,
+    carried,
     check_inner,
     check_jacobian,
     check_window,
@@ -25,9 +25,10 @@ from steering.guidance.rules import RuleName, check_rule, check_step, rule_for
 
 # The published settings, by task. Published steps multiply the gradient of a *mean* square times a
 # loss weight; here rewards are sums, so step = rate · weight / numbers at the published size, which
-# removes the published share 2 · step of a masked residual at any size.
+# removes the published share of a masked residual, 2 · step, at any size. "pixel" is published for
+# states in [-1, 1]; images in [0, 1], of which measurements are here, have a quarter of the slope.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "pixel": {"rule": "plain", "step": 500 / (3 * 64 * 64)},
+    "pixel": {"rule": "plain", "step": 4 * 500 / (3 * 64 * 64), "window": (0.0, 0.99)},
     "instaflow-super-resolution": {"rule": "adam", "step": 0.02},
     "instaflow-deblur": {"rule": "adam", "step": 0.02},
     "instaflow-inpaint": {"rule": "adam", "step": 0.02},
@@ -98,7 +99,8 @@ class FlowChef:
 
     @classmethod
     def published(cls, task: str, reward: Any = None) -> FlowChef:
-        """The paper's settings for a task.
+        """The paper's settings for a task: "pixel" for a measurement of images of a pixel model,
+        "rectified-diffusion" and "flux-inpaint" for one of latents (`space="states"`).
 
         Raises:
             ValueError: no task has this name.
@@ -119,11 +121,10 @@ class FlowChef:
         return bent_within(self.window, step, self._act, differentiates=self.differentiates)
 
     def _act(self, step: Step, clean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        process = gaussian(step)
         move = rule_for(self.rule, step.reward, self.step)
         if clean is None:
             at = through_network(step)
-            sigma = process.sigma[step.i].float()
+            sigma = gaussian(step).sigma[step.i].float()
             return at.clean, move(at.value, at.gradient, sigma), at.failed
         moved, failed = move_guess(step, clean, move, self.inner)
-        return clean, over_data(process.carry(step.i), clean) * (moved - clean), failed
+        return clean, carried(step, clean, moved - clean), failed

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from steering.core import Proposal, Step
-from steering.gaussian import over_data
-from steering.guidance.bend import Window, bent_within, check_window, gaussian, move_guess
+from steering.guidance.bend import Window, bent_within, carried, check_window, move_guess
 from steering.guidance.rules import RuleName, check_rule, check_step, rule_for
 
 
@@ -63,5 +62,4 @@ class MPGD:
     def _act(self, step: Step, clean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         assert clean is not None
         moved, failed = move_guess(step, clean, rule_for(self.rule, step.reward, self.step), 1)
-        alpha_to = gaussian(step).alpha[step.i + 1].float()
-        return clean, over_data(alpha_to, clean) * (moved - clean), failed
+        return clean, carried(step, clean, moved - clean, noise_held=True), failed

@@ -60,6 +60,7 @@ class Twist:
     tempering: float | None = None
 
     exact = True
+    needs_noise = True
 
     def __post_init__(self) -> None:
         check_step(self.step)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from steering.operators import forward
+from steering.pipelines.request import digest
 from steering.rewards.card import Card
 from steering.rewards.compose import Composable, name_of
 
@@ -101,10 +104,15 @@ class Measure(Composable):
         y = next(iter(self.y.values())) if isinstance(self.y, Mapping) else self.y
         return float(self.noise) ** 2 * _numbers(y)
 
-    @property
+    @cached_property
     def name(self) -> str:
-        """For tables."""
-        return f"measure({name_of(self.A)})"
+        """For tables, and for records: other measurements have other names."""
+        operator = repr(self.A) if is_dataclass(self.A) else name_of(self.A)
+        y = self.y.items() if isinstance(self.y, Mapping) else [(None, self.y)]
+        told = [f"{prompt!r} {digest(seen)}" for prompt, seen in y]
+        told += [operator, repr(self.noise), self.space]
+        told = hashlib.blake2b(repr(told).encode(), digest_size=4).hexdigest()
+        return f"measure({name_of(self.A)} #{told})"
 
     @property
     def card(self) -> Card:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from samplers import SMC, BestOfN, Importance, sample
-from steering import FlowChef, measure, operators
+from steering import FlowChef, Twist, measure, operators
+from steering.guidance.bend import window_steps
 from tests.brownian import brownian
 from tests.exact import gaussian_chain
 
@@ -58,6 +59,16 @@ RUNS = {
         ValueError,
         "SMC finds no level",
     ),
+    "empty-window": (
+        lambda: run(FlowChef(window=(0.0, 0.1))),
+        ValueError,
+        r"window=\(0.0, 0.1\) of FlowChef holds none of 6 steps",
+    ),
+    "twist-on-an-ode": (
+        lambda: run(Twist(), model=ode(), sampler=BestOfN(), weights="none"),
+        ValueError,
+        "Twist moves a step by its own noise",
+    ),
     "step": (lambda: FlowChef(step=-1), ValueError, "step=-1"),
     "step-nan": (lambda: FlowChef(step=float("nan")), ValueError, "step=nan"),
     "window": (lambda: FlowChef(window=(0.8, 0.2)), ValueError, r"window=\(0.8, 0.2\)"),
@@ -82,3 +93,10 @@ def test_a_chain_that_is_not_gaussian_is_named():
     with pytest.raises(TypeError, match="Gaussian chain"):
         sample(model, rising, BestOfN(4), guidance=FlowChef(), progress=False)
     assert model.denoiser.rows_seen == []
+
+
+def test_a_window_written_as_steps_out_of_steps_holds_them_all():
+    lost = [(k, n) for n in range(1, 101) for k in range(1, n + 1)
+            if window_steps((0.0, k / n), n) != (0, k)]  # fmt: skip
+    assert not lost
+    assert int(29 / 100 * 100) == 28  # which is what rounding down alone makes of it
