@@ -95,7 +95,8 @@ class Step:
     Args:
         x: [N, *D] states.
         i: [N] int64 their steps, on x's device.
-        row: [N] int64 their conditions, on the CPU.
+        row: [N] int64 their conditions, on the CPU: rows of the model's table. Inside `steer`,
+            where there is none, the items of the call, in order: 0 .. N - 1.
         key: [N] int64 noise key of each one's step, on x's device. The step itself draws from it: a
             guidance that draws more takes children of it (`noise.child_key`).
         lam: λ of the run: its target is p(x_0) · exp(λ · reward(x_0)).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from steering import FlowChef, FlowDPS, FreeDoM, steer
 from steering.pipelines.schedulers import read_grid
-from steering.pipelines.steered import guided_steps
+from steering.pipelines.steered import travel
 from steering.pipelines.steered.recorded import Recorded
 from tests.steered import (
     STEPS,
@@ -130,7 +131,7 @@ def test_noise_of_a_guidance_is_its_rows_own_and_the_generator_stays_untouched()
 
 def test_time_travel_takes_steps_again_from_their_level(monkeypatch):
     """By hand, with no noise put back: x_i = alpha_i / alpha' · x', as often as it says."""
-    monkeypatch.setattr(guided_steps, "normal", lambda key, shape: torch.zeros(len(key), *shape))
+    monkeypatch.setattr(travel, "normal", lambda key, shape: torch.zeros(len(key), *shape))
     scheduler = DDIMScheduler(clip_sample=False)
     pipe = pointwise(scheduler)
     guidance = FreeDoM(target((1, 4, 4)), step=0.0, travel=3, travel_window=(0.3, 0.7))
@@ -153,10 +154,53 @@ def test_time_travel_takes_steps_again_from_their_level(monkeypatch):
 @pytest.mark.parametrize("name", ["EulerDiscrete", "FlowMatchEulerDiscrete", "DDPM", "LCM", "TCD"])
 def test_time_travel_ends_where_the_reward_wants(name):
     pipe, reward = pointwise(scheduler_of(name)), target((1, 4, 4))
-    guidance = FreeDoM(reward, step=0.0)
+    plain = run(pipe)
+    pipe.unet.calls = 0
+    guidance = FreeDoM(reward, step=0.5)
     with steer(pipe, guidance):
-        run(pipe)
+        steered = run(pipe)
+    print(name, reward.left(steered) / reward.left(plain))
+    assert reward.left(steered) < 0.3 * reward.left(plain)
     assert pipe.unet.calls == int(guidance.repeats(torch.arange(STEPS), STEPS).sum()) > STEPS
+
+
+KEPT = {  # alpha_i / alpha' and sigma_i² - (alpha_i / alpha' · sigma')², from the scheduler's tables
+    "DDIM": lambda s, i: ((a := s.alphas_cumprod[s.timesteps])[i] / a[i + 1]).sqrt(),
+    "EulerDiscrete": lambda s, i: 1.0,
+    "FlowMatchEulerDiscrete": lambda s, i: (1 - s.sigmas[i]) / (1 - s.sigmas[i + 1]),
+}
+SPREAD = {
+    "DDIM": lambda s: (1 - s.alphas_cumprod[s.timesteps]).sqrt(),
+    "EulerDiscrete": lambda s: s.sigmas,
+    "FlowMatchEulerDiscrete": lambda s: s.sigmas,
+}
+
+
+@pytest.mark.parametrize("name", list(KEPT))
+def test_a_state_taken_back_has_the_law_of_its_level(name, monkeypatch):
+    """back = kept · reached + sqrt(sigma² - (kept · sigma')²) · z, z standard normal: its mean,
+    variance and correlation with the state, from 4096 numbers at three levels."""
+    kept, spread, calls = KEPT[name], SPREAD[name], list[tuple[Tensor, Tensor]]()
+    scheduler = scheduler_of(name)
+    own = type(scheduler).step
+
+    @functools.wraps(own)
+    def spied(self, *args, **kwargs):
+        given = inspect.signature(own).bind(self, *args, **kwargs).arguments["sample"]
+        calls.append((given.double(), (stepped := own(self, *args, **kwargs))[0].double()))
+        return stepped
+
+    monkeypatch.setattr(type(scheduler), "step", spied)
+    pipe = pointwise(scheduler)
+    with steer(pipe, FreeDoM(target((1, 4, 4)), step=0.0, travel_window=(0.3, 0.7))):
+        run(pipe, (0,) * 256)
+    for i in (1, 2, 3):  # each is taken twice; the first step before them once
+        reached, back = calls[2 * i - 1][1], calls[2 * i][0]
+        k, sigma = float(kept(scheduler, i)), spread(scheduler).double()
+        z = (back - k * reached) / (sigma[i] ** 2 - (k * sigma[i + 1]) ** 2).sqrt()
+        assert z.mean().abs() < 4 / 64  # four standard errors of 4096 numbers
+        assert (z.var() - 1).abs() < 4 * 2**0.5 / 64
+        assert torch.corrcoef(torch.stack([z.flatten(), reached.flatten()]))[0, 1].abs() < 4 / 64
 
 
 class Breaks(Target):
@@ -222,3 +266,22 @@ def test_inputs_with_further_channels_are_differentiated_and_strangers_refused()
             recorded.output(output, x, torch.arange(2), states)
     finally:
         recorded.end()
+
+
+def test_a_small_gradient_survives_half_precision():
+    """In float16, which ends at 6e-8: a slope of 1e-8 for one item, 0 for the next, 1e6 for a
+    third."""
+    states = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).half().float()
+    recorded = Recorded(lambda module, given: None)
+    recorded.records = True
+    try:
+        (given,), _ = recorded.hook(torch.nn.Identity(), (states.half(),), {})
+        x = states.clone().requires_grad_(True)
+        linked = recorded.output((2 * given).sin(), x, torch.arange(3), states)
+        sizes = torch.tensor([[1e-8], [0.0], [1e6]])
+        (slope,) = torch.autograd.grad((sizes * linked).sum(), x)
+    finally:
+        recorded.end()
+    # half precision has 11 bits, here of 2 · x up to 6
+    torch.testing.assert_close(slope / sizes.clamp(min=1e-9), (sizes > 0) * 2 * (2 * states).cos(),
+                               rtol=0, atol=1e-2)  # fmt: skip

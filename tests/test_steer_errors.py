@@ -13,14 +13,16 @@ from diffusers import (
 )
 from torch import Tensor
 
-from steering import FlowChef, FlowDPS, FreeDoM, measure, steer
+from steering import FlowChef, FlowDPS, FreeDoM, Twist, measure, steer
 from steering.pipelines.steered.asked import Asked
 from tests.steered import (
     Target,
     pointwise,
     run,
     scheduler_of,
+    target,
 )
+from tests.tiny_pipelines import quiet, stable_diffusion
 
 
 class Shapeless(Target):
@@ -76,6 +78,35 @@ def test_a_reward_that_does_not_fit_is_refused_before_the_first_network_call(
         run(pipe)
     assert pipe.unet.calls == calls
     assert torch.equal(run(pipe), plain)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "words"),
+    [
+        (Twist(about(Target)), "Twist moves a step by its own noise"),
+        (FlowChef(about(Target), window=(0.0, 0.1)), r"window=\(0.0, 0.1\) .* none of 6 steps"),
+    ],
+)
+def test_a_guidance_that_would_do_nothing_is_refused_before_every_network_call(guidance, words):
+    pipe = pointwise(DDIMScheduler())
+    with steer(pipe, guidance):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=words):
+                run(pipe)
+    assert pipe.unet.calls == 0
+
+
+def test_a_guidance_by_noise_is_taken_where_the_call_or_its_scheduler_draws_some():
+    reward, call = target((4, 8, 8)), {"num_inference_steps": 4, "output_type": "latent"}
+    pipe = quiet(stable_diffusion())
+    with steer(pipe, Twist(reward)):
+        pipe("a red fox", eta=1.0, **call)
+        with pytest.raises(ValueError, match="eta > 0"):
+            pipe("a red fox", eta=0.0, **call)
+    drawing = pointwise(scheduler_of("EulerAncestralDiscrete"))
+    plain = run(drawing)
+    with steer(drawing, Twist(target((1, 4, 4)))):
+        assert target((1, 4, 4)).left(run(drawing)) < target((1, 4, 4)).left(plain)
 
 
 def test_what_cannot_be_steered_is_refused_by_name():

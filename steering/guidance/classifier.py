@@ -30,7 +30,8 @@ class ClassifierGuidance:
     Args:
         classifier: (x, t, row) -> [N] log p(y | x), differentiable in x: states x [N, *D], t [N]
             network times, both on the model's device, row [N] int64 conditions, on the CPU, whose
-            classes y it knows: what a denoiser is given.
+            classes y it knows: what a denoiser is given. Inside `steer` the items of the call, in
+            order, whatever it asks for: there the classifier holds a class for each.
         scale: 1 is the conditional law, more sharpens it.
         window: (start, stop), shares of the steps, counted from the noise.
 

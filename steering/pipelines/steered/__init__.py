@@ -39,6 +39,9 @@ def steer(
     Where a step has several stages (Heun, PNDM's first step, DPM-Solver singlestep) only the first
     is bent, the others start from what became of it.
 
+    Where the scheduler clips guesses, it clips the moved one. A guidance that asks for conditions
+    (`Step.row`) is told the items of the call, in order: 0 .. N - 1.
+
     A guidance that needs the network's gradient has the calls of the networks recorded; this costs
     the memory of a backward pass. One that draws noise does so from copies of the call's
     generators, which stay untouched.
@@ -57,7 +60,8 @@ def steer(
         TypeError: `guidance` is none, or has no reward, or one without gradient; `decode` or `vae`
             are not what they should be.
         ValueError: no pipeline, or one with a scheduler that cannot be steered, or one that is
-            steered already. Inside: a reward of the wrong shape or that is not finite; a pipeline
+            steered already. Inside: a reward of the wrong shape or that is not finite; a window
+            that holds no step, a guidance by the step's own noise where none is drawn; a pipeline
             that cannot be steered.
     """
     _check(pipe, guidance, decode, vae)

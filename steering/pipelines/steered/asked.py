@@ -120,9 +120,7 @@ def decoding(pipe: Any, asked: Asked, x: Tensor, vae: Any = None) -> Decode:
         raise _unknown(pipe, x)
     config, channels = vae.config, vae.config.get("latent_channels")
     factor = 2 ** (len(config.get("block_out_channels", [0])) - 1)
-    # some autoencoders say a shift that the families of U-Nets do not use
-    unshifted = hasattr(pipe, "unet") or type(pipe).__name__ == "DiTPipeline"
-    shift = 0.0 if unshifted else config.get("shift_factor") or 0.0
+    shift = (config.get("shift_factor") or 0.0) if _shifts(pipe) else 0.0
     plain = config.get("latents_mean") is None and "scaling_factor" in config
     if plain and x.dim() == 4 and x.shape[1] == channels:
         return _codec(pipe, vae, factor**2 * math.prod(x.shape[2:]), shift)
@@ -139,6 +137,17 @@ def decoding(pipe: Any, asked: Asked, x: Tensor, vae: Any = None) -> Decode:
             )
         return PackedCodec(_codec(pipe, vae, height * width, shift), pipe, height, width)
     raise _unknown(pipe, x)
+
+
+def _shifts(pipe: Any) -> bool:
+    """Does the pipeline's call look at the shift that some autoencoders have in their settings?
+
+    Not all families use it, and their calls alone say which.
+    """
+    calls = [
+        inspect.unwrap(vars(c)["__call__"]) for c in type(pipe).__mro__ if "__call__" in vars(c)
+    ]
+    return any("shift_factor" in call.__code__.co_names + call.__code__.co_consts for call in calls)
 
 
 def _codec(pipe: Any, vae: Any, pixels: int, shift: float) -> LatentCodec:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from steering.core import Guidance, Proposal, Step
 from steering.gaussian import NormalTransition
-from steering.guidance.bend import inside
+from steering.guidance.bend import check_acts, inside, window_steps
 from steering.guidance.scoring import score
 from steering.noise import child_key
 from steering.pipelines.steered.asked import Asked, Decode, decoding
@@ -115,7 +115,7 @@ class Steering:
         if start.shape in self._known:
             return
         self._known.add(start.shape)
-        i = int(getattr(self.guidance, "window", _ALWAYS)[0] * solver.process.steps)
+        i, _ = window_steps(getattr(self.guidance, "window", _ALWAYS), solver.process.steps)
         x = start.detach().float() / solver.scale(0)
         try:
             with torch.no_grad():
@@ -246,26 +246,9 @@ class Steering:
         if about not in self._solvers:
             with self.travel.own_grid():
                 solver = Solver.of(self.scheduler, about[1], eta, sample.device)
-            self._check_effect(solver)
+            check_acts(self.guidance, solver.process.stochastic)
             self._solvers[about] = solver
         return self._solvers[about]
-
-    def _check_effect(self, solver: Solver) -> None:
-        """ValueError if the guidance would do nothing in a chain like this."""
-        steps, window = solver.process.steps, getattr(self.guidance, "window", _ALWAYS)
-        name, active = type(self.guidance).__name__, inside(window, torch.arange(steps), steps)
-        if not active.any():
-            raise ValueError(
-                f"window={window} of {name} holds none of {steps} steps, so that nothing would be "
-                "steered: widen it, or take more steps."
-            )
-        if getattr(self.guidance, "needs_noise", False) and not solver.draws[active].any():
-            raise ValueError(
-                f"{name} moves a step in proportion to the noise it draws, and {self.name}Scheduler "
-                f"draws none in the window of {steps} steps, so that nothing would be steered: call "
-                "the pipeline with eta > 0, give it a scheduler that takes eta or draws noise "
-                "(DDIM, DDPM, EulerAncestralDiscrete), or use another guidance, such as DPS."
-            )
 
     def _step_key(self, i: int, x: Tensor) -> Tensor:
         if self._key is None or len(self._key) != len(x):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Solver:
 
     Args:
         name: of the scheduler.
-        process: the first-order chain on its grid, variance-preserving or a flow.
+        process: the first-order chain on its grid, variance-preserving or a flow; clips nothing.
         to_clean: turns what the network puts out into a clean guess of that chain.
     """
 
@@ -77,7 +77,7 @@ class Solver:
             # that a first-order kernel is used: here the step itself is the scheduler's own
             warnings.simplefilter("ignore", UserWarning)
             process, prediction = read_grid(scheduler, shape, eta=eta)
-        process = process.to(device)
+        process = replace(process, bound=None).to(device)  # the step itself bounds what is moved
         return Solver(name, process, ToClean(process, prediction))
 
     @property
