@@ -30,6 +30,7 @@ from tests.steered import (
     seeded,
     target,
 )
+from tests.tiny.image_flows import aura_flow, cogview_4
 from tests.tiny_pipelines import (
     flux,
     stable_diffusion,
@@ -58,6 +59,8 @@ DECODED = {
     "sd3": stable_diffusion_3,
     "sd15": lambda: stable_diffusion(DDIMScheduler(clip_sample=False, set_alpha_to_one=True)),
     "sdxl": stable_diffusion_xl,
+    "auraflow": aura_flow,  # whose autoencoder has a shift that it does not use
+    "cogview4": cogview_4,
 }
 
 
@@ -156,15 +159,15 @@ def test_time_travel_ends_where_the_reward_wants(name):
     pipe, reward = pointwise(scheduler_of(name)), target((1, 4, 4))
     plain = run(pipe)
     pipe.unet.calls = 0
-    guidance = FreeDoM(reward, step=0.5)
+    guidance = FreeDoM(reward, step=0.9, rule="polyak")
     with steer(pipe, guidance):
         steered = run(pipe)
-    print(name, reward.left(steered) / reward.left(plain))
-    assert reward.left(steered) < 0.3 * reward.left(plain)
+    assert reward.left(steered) < 0.02 * reward.left(plain)
     assert pipe.unet.calls == int(guidance.repeats(torch.arange(STEPS), STEPS).sum()) > STEPS
 
 
-KEPT = {  # alpha_i / alpha' and sigma_i² - (alpha_i / alpha' · sigma')², from the scheduler's tables
+# alpha_i / alpha' and sigma, in a scheduler's own coordinates, from its tables
+KEPT = {
     "DDIM": lambda s, i: ((a := s.alphas_cumprod[s.timesteps])[i] / a[i + 1]).sqrt(),
     "EulerDiscrete": lambda s, i: 1.0,
     "FlowMatchEulerDiscrete": lambda s, i: (1 - s.sigmas[i]) / (1 - s.sigmas[i + 1]),
