@@ -69,7 +69,8 @@ def test_a_reward_sees_the_pipelines_own_images_and_its_prompts(family):
     """The guess of the last step is where it leads, so the last look is at the image itself."""
     pipe, reward = DECODED[family](), Watching()
     call = {"num_inference_steps": 3, "generator": seeded(0), "output_type": "pt"}
-    size = {"height": 16, "width": 32} if family == "flux" else {}
+    sizes = {"flux": (16, 32), "auraflow": (16, 16), "cogview4": (16, 16)}
+    size = dict(zip(("height", "width"), sizes.get(family, ()), strict=False))
     with steer(pipe, FlowChef(reward, step=0.0)):
         images = pipe(["a red fox", "a cat"], num_images_per_prompt=2, **size, **call).images
     assert reward.prompts[-1] == ["a red fox", "a red fox", "a cat", "a cat"]
