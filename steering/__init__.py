@@ -19,7 +19,7 @@ from steering.pipelines import from_pipeline
 if TYPE_CHECKING:
     from steering import cfg, editing, guidance, metrics, operators, rewards, zoo
     from steering.editing import FlowChefEdit, flow_edit
-    from steering.pipelines.steer import steer
+    from steering.pipelines.steered import steer
     from steering.rewards.measure import measure
 
 __all__ = [
@@ -51,7 +51,7 @@ _FUNCTIONS = {
     "FlowChefEdit": "steering.editing",
     "flow_edit": "steering.editing",
     "measure": "steering.rewards.measure",
-    "steer": "steering.pipelines.steer",
+    "steer": "steering.pipelines.steered",
 }
 
 

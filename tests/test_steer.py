@@ -18,7 +18,7 @@ from steering import DPS, FlowChef, from_pipeline, steer
 from steering.models.label_pipeline import LabelPipeline
 from steering.noise import child_key, root_key
 from steering.pipelines.schedulers import FLOWS, SUPPORTED
-from steering.pipelines.solver import Solver, eta_of
+from steering.pipelines.steered.solver import Solver, eta_of
 from tests.steered import (
     STEPS,
     Pointwise,

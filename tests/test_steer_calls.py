@@ -16,9 +16,9 @@ from diffusers import (
 from torch import Tensor
 
 from steering import FlowChef, FlowDPS, FreeDoM, steer
-from steering.pipelines import guided_steps
-from steering.pipelines.recorded import Recorded
 from steering.pipelines.schedulers import read_grid
+from steering.pipelines.steered import guided_steps
+from steering.pipelines.steered.recorded import Recorded
 from tests.steered import (
     STEPS,
     Target,

@@ -14,7 +14,7 @@ from diffusers import (
 from torch import Tensor
 
 from steering import FlowChef, FlowDPS, FreeDoM, measure, steer
-from steering.pipelines.asked import Asked
+from steering.pipelines.steered.asked import Asked
 from tests.steered import (
     Target,
     pointwise,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from steering.core import Denoiser, Model
+from steering.digest import digest
 from steering.editing.states import check_shape, check_state, of_rows
 from steering.gaussian import GaussianProcess, Kernel, ToClean, over_data
 from steering.noise import child_key, normal, root_key
-from steering.pipelines.request import digest
 
 
 def flow_edit(

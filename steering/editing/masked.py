@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from steering.core import Model, Proposal, Step
+from steering.digest import digest
 from steering.editing.states import check_shape, check_state, of_rows
 from steering.gaussian import GaussianProcess, NormalTransition, over_data
 from steering.guidance.bend import Window, carried, check_inner, check_window, gaussian, inside
 from steering.guidance.rules import RuleName, check_rule, check_step, rule_for
-from steering.pipelines.request import digest
 
 _TASKS = (
     *("change-object", "add", "remove", "attribute", "pose"),

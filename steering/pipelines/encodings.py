@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from steering.pipelines.request import digest
+from steering.digest import digest
 
 
 class Encodings:

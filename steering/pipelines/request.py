@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from steering.cfg import ClassifierFree, Scale, check_rule
+from steering.digest import digest
 
 # settings that change where weights come from and how much memory they take, not what is said
 _NO_MATTER = ("training", "name_or_path", "use_slicing", "use_tiling", "gradient_checkpointing",
@@ -178,17 +179,6 @@ def _told(name: str, value: Any) -> str:
         f"{name} holds a {type(value).__name__}, which a record could not tell from another: give "
         "numbers, texts, images, tensors, or lists of them."
     )
-
-
-def digest(value: Tensor | np.ndarray | Image.Image) -> str:
-    """Eight hexadecimal digits of what an image or an array holds."""
-    if isinstance(value, Image.Image):
-        value = value.convert("RGBA")  # whatever its palette
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().double().numpy()
-    array = np.asarray(value)
-    told = f"{array.shape}{array.dtype}".encode() + np.ascontiguousarray(array).tobytes()
-    return hashlib.blake2b(told, digest_size=4).hexdigest()
 
 
 def _fingerprint(parts: Mapping[str, Any]) -> str:

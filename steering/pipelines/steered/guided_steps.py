@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,23 @@ from torch import Tensor, nn
 from steering.core import Guidance, Proposal, Step
 from steering.gaussian import NormalTransition
 from steering.guidance.bend import inside
-from steering.guidance.freedom import up_again
-from steering.noise import child_key, normal
-from steering.pipelines.asked import Asked, Decode, decoding, scored
-from steering.pipelines.recorded import Recorded, holds_copies
-from steering.pipelines.solver import Solver, check_solver, eta_of
+from steering.guidance.scoring import score
+from steering.noise import child_key
+from steering.pipelines.steered.asked import Asked, Decode, decoding
+from steering.pipelines.steered.recorded import Recorded, holds_copies
+from steering.pipelines.steered.solver import Solver, check_solver, eta_of
+from steering.pipelines.steered.travel import Travel
 from steering.rewards.compose import name_of
 
 _ALWAYS = (0.0, 1.0)
+
+
+class Moved(NamedTuple):
+    """What a step was called with, and how far its state was moved from there."""
+
+    output: Tensor  # [N, *D]
+    sample: Tensor  # [N, *D]
+    by: Tensor  # [N, *D] float32
 
 
 class Steering:
@@ -36,8 +45,8 @@ class Steering:
         self.pipe, self.scheduler, self.guidance = pipe, pipe.scheduler, guidance
         self.name = check_solver(self.scheduler)
         self.recorded = Recorded(self._look)
-        self.own: Tensor | None = None  # the grid, where the one that the loop sees is longer
-        self.moved: tuple[float, Tensor] | None = None  # of the step that the scheduler takes
+        self.travel = Travel(self.scheduler, guidance)
+        self.moved: Moved | None = None  # of the step that the scheduler takes
         self._decode, self._vae = decode, vae
         self._decoders: dict[Any, Decode] = {}
         self._solvers: dict[Any, Solver] = {}
@@ -67,8 +76,7 @@ class Steering:
             yield
         finally:
             self.recorded.end()
-            if self.own is not None:
-                self.scheduler.timesteps, self.own = self.own, None
+            self.travel.end()
             self._asked, self._latents, self._key = Asked(), None, None
             self._solvers.clear()
         if not self._taken:
@@ -80,14 +88,9 @@ class Steering:
         """The scheduler has its grid."""
         self._solvers.clear()
         self._taken.clear()
-        self._key, self.own = None, None
+        self._key = None
         self.recorded.records = self.guidance.differentiates
-        repeats = getattr(self.guidance, "repeats", None)
-        if repeats is not None:
-            times = self.scheduler.timesteps
-            often = repeats(torch.arange(len(times)), len(times)).to(times.device)
-            if (often > 1).any():
-                self.own, self.scheduler.timesteps = times, times.repeat_interleave(often)
+        self.travel.lengthen()
 
     def latents_made(self, latents: Any) -> None:
         """The pipeline has made the states that it starts from."""
@@ -99,17 +102,19 @@ class Steering:
 
         Raises:
             TypeError, ValueError: a reward of the wrong shape, or without gradient, or one that
-                does not suit what it is asked about.
+                does not suit what it is asked about; a guidance that would do nothing.
         """
         config: Any = getattr(module, "config", {})
         plain = config.get("out_channels") in (None, given.shape[1], 2 * given.shape[1])
         start = self._latents
         if start is None and plain:  # of what is doubled, one entry of each
             start = given[: len(self._asked.prompts or given)]
-        if start is None or start.shape in self._known or not holds_copies(given, start):
+        if start is None or not holds_copies(given, start):
+            return
+        solver = self._solver(start, self._asked.eta)
+        if start.shape in self._known:
             return
         self._known.add(start.shape)
-        solver = self._solver(start, None)
         i = int(getattr(self.guidance, "window", _ALWAYS)[0] * solver.process.steps)
         x = start.detach().float() / solver.scale(0)
         try:
@@ -125,7 +130,7 @@ class Steering:
     def step(self, base: type, call: inspect.BoundArguments) -> Any:
         """The pipeline steps: the scheduler's own step, from where the guidance moves the state."""
         try:
-            with torch.no_grad(), self._own_grid():
+            with torch.no_grad(), self.travel.own_grid():
                 return self._step(base, call)
         finally:
             self.recorded.end()
@@ -144,7 +149,7 @@ class Steering:
             given["model_output"] = output.detach()
             return base.step(*call.args, **call.kwargs)
         self._taken[i] += 1
-        again = self._again(solver, i)
+        again = self.travel.again(solver, i, self._taken)
         n = self._asked.count(sample)
         with torch.enable_grad():  # which what was recorded needs
             own = output[:n]
@@ -153,13 +158,16 @@ class Steering:
         given["model_output"] = solver.output(i, output.detach(), d)
         given["sample"] = solver.sample(i, sample, d)
         index = getattr(self.scheduler, "_step_index", None)
-        self.moved = solver.along(i), d
+        self.moved = Moved(output.detach(), sample, solver.along(i) * d)
         stepped = base.step(*call.args, **call.kwargs)
         self.moved = None
         window, following = getattr(self.guidance, "window", _ALWAYS), torch.tensor([i + 1])
         follows = again or bool(inside(window, following, solver.process.steps))
         self.recorded.records = self.guidance.differentiates and follows
-        return self._back(solver, i, stepped, index) if again else stepped
+        if not again:
+            return stepped
+        key = child_key(self._step_key(i, sample), 1)
+        return self.travel.back(solver, i, stepped, index, key)
 
     def _move(self, solver: Solver, i: int, output: Tensor, sample: Tensor) -> Tensor:
         """How far the guidance moves the clean guesses of these states: [N, *D] float32."""
@@ -196,10 +204,15 @@ class Steering:
     ) -> Proposal:
         prompts = self._asked.prompts_of(len(x))
         reward = getattr(self.guidance, "reward", None)
-        score = scored(reward, lambda: self._decoder(sample), prompts, self._where(solver, i))
+        name, where = type(self.guidance).__name__, f" {self._where(solver, i)}"
+
+        def scored(clean: Tensor, row: Tensor) -> Tensor:
+            asked = [prompts[r] for r in row.tolist()]
+            return score(reward, clean, asked, self._decode_as(sample), guidance=name, where=where)
+
         at, row = torch.full((len(x),), i, device=x.device), torch.arange(len(x))
         key = self._step_key(i, x)
-        step = Step(x, at, row, key, 1.0, solver.process, reward, denoise, score)
+        step = Step(x, at, row, key, 1.0, solver.process, reward, denoise, scored)
         return getattr(self.guidance, "once", self.guidance.propose)(step)
 
     def _shift(self, solver: Solver, i: int, proposal: Proposal) -> Tensor:
@@ -225,71 +238,50 @@ class Steering:
             )
         return NormalTransition(shift, own.sqrt()).sample(self._step_key(i, shift))
 
-    # --- taken again ---------------------------------------------------------------------------
-
-    def _again(self, solver: Solver, i: int) -> bool:
-        """Is this step to be taken again, from its own level?"""
-        if self.own is None:
-            return False
-        if not solver.first_order:
-            raise ValueError(
-                f"{type(self.guidance).__name__} travels back in time, which {self.name}Scheduler, "
-                "a solver of higher order, cannot: give the pipeline one of first order, such as "
-                "DDIM, Euler or FlowMatchEuler."
-            )
-        if i and not self._taken[i - 1]:
-            raise ValueError(
-                f"the pipeline starts at step {i} of {solver.process.steps}, and "
-                f"{type(self.guidance).__name__} travels back in time: give it the whole grid."
-            )
-        often: Any = self.guidance
-        return self._taken[i] < int(often.repeats(torch.tensor([i]), solver.process.steps))
-
-    def _back(self, solver: Solver, i: int, stepped: Any, index: int | None) -> Any:
-        """What `step` returned, its state noised back to level i."""
-        if index is not None:
-            self.scheduler._step_index = index
-        made = stepped[0]  # of the scheduler's outputs, too
-        x = made.float() / solver.scale(i + 1)
-        noise = normal(child_key(self._step_key(i, x), 1), x.shape[1:])
-        x = up_again(solver.process, torch.full((len(x),), i, device=x.device), x, noise)
-        back = (x * solver.scale(i)).to(made.dtype)
-        if isinstance(stepped, tuple):
-            return (back, *stepped[1:])
-        stepped.prev_sample = back
-        return stepped
-
     # --- what it needs -------------------------------------------------------------------------
-
-    @contextmanager
-    def _own_grid(self) -> Iterator[None]:
-        """The scheduler with its own grid, which it looks times up in."""
-        longer = self.scheduler.timesteps
-        if self.own is not None:
-            self.scheduler.timesteps = self.own
-        try:
-            yield
-        finally:
-            self.scheduler.timesteps = longer
 
     def _solver(self, sample: Tensor, eta: Any) -> Solver:
         eta = eta_of(self.scheduler, self.name, eta)
         about = eta, sample.shape[1:], sample.device
         if about not in self._solvers:
-            with self._own_grid():
-                self._solvers[about] = Solver.of(self.scheduler, about[1], eta, sample.device)
+            with self.travel.own_grid():
+                solver = Solver.of(self.scheduler, about[1], eta, sample.device)
+            self._check_effect(solver)
+            self._solvers[about] = solver
         return self._solvers[about]
+
+    def _check_effect(self, solver: Solver) -> None:
+        """ValueError if the guidance would do nothing in a chain like this."""
+        steps, window = solver.process.steps, getattr(self.guidance, "window", _ALWAYS)
+        name, active = type(self.guidance).__name__, inside(window, torch.arange(steps), steps)
+        if not active.any():
+            raise ValueError(
+                f"window={window} of {name} holds none of {steps} steps, so that nothing would be "
+                "steered: widen it, or take more steps."
+            )
+        if getattr(self.guidance, "needs_noise", False) and not solver.draws[active].any():
+            raise ValueError(
+                f"{name} moves a step in proportion to the noise it draws, and {self.name}Scheduler "
+                f"draws none in the window of {steps} steps, so that nothing would be steered: call "
+                "the pipeline with eta > 0, give it a scheduler that takes eta or draws noise "
+                "(DDIM, DDPM, EulerAncestralDiscrete), or use another guidance, such as DPS."
+            )
 
     def _step_key(self, i: int, x: Tensor) -> Tensor:
         if self._key is None or len(self._key) != len(x):
             self._key = self._asked.keys(len(x), x.device)
         return child_key(child_key(self._key, i), self._taken[i])
 
-    def _decoder(self, sample: Tensor) -> Decode:
-        about = sample.shape[1:], self._asked.height, self._asked.width
-        if self._decode is None and about not in self._decoders:
-            self._decoders[about] = decoding(self.pipe, self._asked, sample, self._vae)
-        return self._decode or self._decoders[about]
+    def _decode_as(self, sample: Tensor) -> Decode:
+        """How states are decoded of which this is one; found when it is first asked for."""
+
+        def decode(clean: Tensor) -> Any:
+            about = sample.shape[1:], self._asked.height, self._asked.width
+            if self._decode is None and about not in self._decoders:
+                self._decoders[about] = decoding(self.pipe, self._asked, sample, self._vae)
+            return (self._decode or self._decoders[about])(clean)
+
+        return decode
 
     def _where(self, solver: Solver, i: int) -> str:
         return f"at step {i} of {solver.process.steps}"

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steering.gaussian import over_data
+
 _STATE = ("sample", "hidden_states", "latent_model_input", "x")  # names of it, in calls by name
 # states in a network's own precision: half has 11 bits, bfloat16 8
 _ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -72,11 +74,15 @@ class Recorded:
 
         def pull(gradient: Tensor) -> Tensor:
             whole = gradient.new_zeros(output.shape).index_copy(0, row, gradient)
+            size = whole.flatten(1).abs().amax(1)
+            # each item's largest is 1: half precision ends at 6e-8
+            size = over_data(torch.where(size > 0, size, 1.0), whole)
+            given = (whole / size).to(output.dtype)
             found = torch.autograd.grad(
-                output, self._leaves, whole.to(output.dtype), retain_graph=True, allow_unused=True
+                output, self._leaves, given, retain_graph=True, allow_unused=True
             )
             folded = [_copies(part, states).sum(0) for part in found if part is not None]
-            return sum(folded, torch.zeros_like(states))[row]
+            return (size * sum(folded, torch.zeros_like(states)))[row]
 
         return _Linked.apply(x, output.detach().float()[row], pull)  # type: ignore[return-value]
 

@@ -1,4 +1,4 @@
-"""What a call of a pipeline asks for, as far as a reward is told, and how its states are scored."""
+"""What a call of a pipeline asks for, as far as a guidance is told, and how states are decoded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from steering.core import images_in_unit_range
 from steering.pipelines.flux import PackedCodec
 from steering.pipelines.latent import LatentCodec
-from steering.rewards.compose import name_of
 
 Decode = Callable[[Tensor], Any]
 _UNPACKS = ["latents", "height", "width", "vae_scale_factor"]  # as FLUX and its kin unpack
@@ -29,12 +27,14 @@ class Asked:
         prompts: one for each image, None where the pipeline has none.
         height, width: in pixels; None is the pipeline's own.
         generator: what noise is drawn from.
+        eta: the share of new noise; None is the scheduler's own.
     """
 
     prompts: tuple[Any, ...] | None = None
     height: int | None = None
     width: int | None = None
     generator: Any = None
+    eta: Any = None
 
     @staticmethod
     def of(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Asked:
@@ -52,7 +52,8 @@ class Asked:
             prompts = prompts if isinstance(prompts, (list, tuple)) else [prompts]
             each = given.get("num_images_per_prompt", given.get("num_videos_per_prompt")) or 1
             prompts = tuple(prompt for prompt in prompts for _ in range(each))
-        return Asked(prompts, given.get("height"), given.get("width"), given.get("generator"))
+        others = ("height", "width", "generator", "eta")
+        return Asked(prompts, *map(given.get, others))
 
     def count(self, states: Tensor) -> int:
         """How many of the states [N, *D] are there, and not copies of those before them, which some
@@ -160,37 +161,3 @@ def _unknown(pipe: Any, x: Tensor) -> ValueError:
         "steer(..., decode=), a differentiable function of them, or a reward of the states "
         "themselves, as measure(..., space='states') is."
     )
-
-
-def scored(
-    reward: Any, decode: Callable[[], Decode], prompts: tuple[Any, ...], where: str
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """(clean [K, *D], row [K]) -> [K] float32, the reward of their items, with its gradient.
-
-    Args:
-        reward: asked about items, or about states where it is `of_states`.
-        decode: gives the decoder.
-        prompts: by row.
-        where: for errors.
-    """
-    return partial(_score, reward, decode, prompts, where)
-
-
-def _score(reward, decode, prompts, where: str, clean: Tensor, row: Tensor) -> Tensor:
-    if reward is None:
-        raise TypeError(f"the guidance asks for a reward {where}, and has none of its own.")
-    items = clean if getattr(reward, "of_states", False) else decode()(clean)
-    value = reward(items, [prompts[r] for r in row.tolist()])
-    name, n = name_of(reward), len(clean)
-    if not isinstance(value, Tensor) or tuple(value.shape) != (n,):
-        given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"reward {name} returned {given} for {n} items {where}: a guidance needs a tensor of "
-            f"one number per item, shape [{n}]."
-        )
-    if clean.requires_grad and not value.requires_grad:
-        raise TypeError(
-            f"reward {name} has no gradient {where}, and a guidance follows it: give a "
-            "differentiable reward."
-        )
-    return value.to(clean.device, torch.float32)

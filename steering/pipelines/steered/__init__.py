@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from steering.core import Guidance
-from steering.pipelines.asked import Asked
-from steering.pipelines.guided_steps import Steering
 from steering.pipelines.request import networks
+from steering.pipelines.steered.asked import Asked
+from steering.pipelines.steered.guided_steps import Steering
 from steering.rewards.compose import name_of
 
 
@@ -100,7 +100,7 @@ def _steered_scheduler(base: type, steering: Steering) -> type:
 
         @functools.wraps(base.index_for_timestep)
         def index_for_timestep(self: Any, timestep: Any, schedule_timesteps: Any = None) -> int:
-            own = steering.own if schedule_timesteps is None else schedule_timesteps
+            own = steering.travel.own if schedule_timesteps is None else schedule_timesteps
             return base.index_for_timestep(self, timestep, own)
 
         members["index_for_timestep"] = index_for_timestep
@@ -113,12 +113,10 @@ def _steered_scheduler(base: type, steering: Steering) -> type:
         def multistep_uni_c_bh_update(self: Any, this_model_output: Tensor, *args: Any, **kwargs):
             # it starts anew from the state before: correct first, then move
             assert steering.moved is not None
-            along, d = steering.moved
-            held = this_model_output
-            if self.predict_x0:  # else it is noise, which is held
-                held = held - d.to(held)
-            corrected = correct(self, held, *args, **kwargs)
-            return (corrected.float() + along * d).to(corrected.dtype)
+            output, sample, by = steering.moved
+            unmoved = self.convert_model_output(output, sample=sample)
+            corrected = correct(self, unmoved, *args, **kwargs)
+            return (corrected.float() + by).to(corrected.dtype)
 
         members["multistep_uni_c_bh_update"] = multistep_uni_c_bh_update
     return _disguised(base, steering, members)
