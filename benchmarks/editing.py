@@ -48,7 +48,7 @@ FREE = {
 KEPT_DB, CAP_DB = 15.0, 60.0
 EXTRACTOR = "mnist-classifier/64"
 SEARCH: dict[str, dict[str, list[float]]] = {
-    "masked": {"scale": [2, 4, 6], "full_source": [0.1, 0.0], "step": [0.05, 0.1, 0.3]},
+    "masked": {"scale": [3, 6, 10], "full_source": [0.1, 0.0], "step": [0.025, 0.05, 0.1, 0.3]},
     "flow_edit": {"start": [0.05, 0.1, 0.2], "to_scale": [1.5, 2, 3], "from_scale": [1, 1.5]},
     "pasted": {"scale": [1, 2, 3, 4, 6]},
 }

@@ -10,7 +10,8 @@ form for the T-step chain itself. One condition is one independent repetition. T
    off its mean is, in standard deviations of the tilted law, and how wide its draws are;
 2. tree sampling under the same guidances: bias of log Ẑ of one tree, by path weights;
 3. effective sample size, in hundredths of the particles, and the error of log Ẑ, against dimension:
-   the same law in every coordinate, so that log Z grows with their number.
+   the same law in every coordinate, so that log Z grows with their number. Where particles are
+   resampled it is that of the weights since: log Ẑ/Z far below 0 says that they had collapsed.
 
     python -m benchmarks.guidance_law [--quick]
 """

@@ -13,9 +13,10 @@ from torch import Tensor
 from samplers.flight import Request
 from samplers.ledger import Ledger
 from samplers.network import Network
-from samplers.scoring import PROGRAMMING, OnError, WrongShapeError, reward_name
+from samplers.scoring import PROGRAMMING, OnError
 from steering.core import Guidance, Model, Step
 from steering.guidance.bend import check_acts
+from steering.guidance.scoring import WrongShapeError, score
 from steering.noise import root_key
 
 _BROKEN = "a guided step whose reward or gradient is not finite"
@@ -174,25 +175,13 @@ class Bending:
     def _score(self, clean: Tensor, row: Tensor) -> Tensor:
         """reward(decode(clean)) [N] float32, or of the clean states, with its gradient."""
         prompts = [self._model.prompts[r] for r in row.tolist()]
-        of_states = getattr(self.reward, "of_states", False)
         self._ledger.guided += len(clean)
-        if not of_states:
-            self._ledger.decodes += len(clean)
-        items = clean if of_states else (self._model.preview or self._model.decode)(clean)
-        value = self.reward(items, prompts)
-        name, n = reward_name(self.reward), len(clean)
-        if not isinstance(value, Tensor) or tuple(value.shape) != (n,):
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise WrongShapeError(
-                f"reward {name} returned {shape} for {n} items: a guidance needs a tensor of one "
-                f"number per item, shape ({n},)."
-            )
-        if clean.requires_grad and not value.requires_grad:
-            raise TypeError(
-                f"reward {name} has no gradient, and {type(self.guidance).__name__} follows it: "
-                "give a differentiable reward, or a sampler without guidance."
-            )
-        return value.to(clean.device, torch.float32)
+        name = type(self.guidance).__name__
+        return score(self.reward, clean, prompts, self._decode, guidance=name)
+
+    def _decode(self, clean: Tensor) -> Any:
+        self._ledger.decodes += len(clean)
+        return (self._model.preview or self._model.decode)(clean)
 
     def _charge(self, requests, row: Tensor, at: Tensor, before: Tensor, paid: bool) -> None:
         """Rows that the network took are the walks' whose step it was, whatever rows were asked.

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from steering.guidance.scoring import WrongShapeError
+
 OnError = Literal["fail", "raise"]
 # An item cannot make these happen, a mistake in the program can: they always end the run.
 PROGRAMMING = (TypeError, NameError, AttributeError, ImportError, NotImplementedError)
@@ -72,10 +74,6 @@ def call_reward(reward: Any, items: Any, prompts: Sequence[Any], on_error: OnErr
         raise ValueError(f"reward {reward_name(reward)} returned {scores[bad][0].item()}.")
     scores = scores.masked_fill(bad, torch.nan)
     return Scores(scores, n, "a reward that is not finite" if bad.any() else None)
-
-
-class WrongShapeError(ValueError):
-    """A reward that did not return one number per item."""
 
 
 def _as_scores(value: Any, n: int, reward: Any) -> Tensor:

@@ -131,7 +131,7 @@ RUNS = {
     ),
     "unweighted-tds-on-an-ode": (
         lambda _: run(gaussian_chain(eta=0.0), sampler=TDS(), nfe=1000, weights="none"),
-        "TDS finds no level",
+        "Twist moves a step by its own noise",
     ),
     "tds-without-a-gradient": (
         lambda _: run(gaussian_chain(), reward=plain, sampler=TDS(2), nfe=1000),

@@ -1,5 +1,7 @@
 """SMC's books: barriers, copies, budgets, failures. Its laws are in tests/exact."""
 
+import math
+
 import pytest
 import torch
 
@@ -72,6 +74,18 @@ def test_the_budget_is_never_overrun_and_none_is_left_unscored(reuses):
                 assert (engine.spent <= nfe).all()
             assert draws.finished.all()
             assert len(draws.id) == int((engine.column("stop") == STEPS).sum())
+
+
+def test_tempered_rewards_count_by_their_levels_share():
+    """log G_k = λ (β_k r_k - β_{k-1} r_{k-1})."""
+    sampler = SMC(5, ess=0.0, levels=(3, 7), tempering=0.005)
+    engine, draws, state = run(sampler, lam=0.6)
+    reward, stop = torch.tensor(engine.rewards, dtype=torch.float64), engine.column("stop")
+    spent = 0.6 * (1.005**70 - 1) * reward[stop == 7]  # what was spent at level 3 cancels
+    torch.testing.assert_close(state.populations[0].spent, spent)
+    # not resampled, a particle's weight is λ r in the end, whatever was spent on the way
+    expected = 0.6 * reward[stop == STEPS] - math.log(5)
+    torch.testing.assert_close(draws.log_weight, expected)
 
 
 def test_reward_calls_limit_the_particles():

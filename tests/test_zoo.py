@@ -158,7 +158,9 @@ def test_flows_draw_the_digit_that_is_asked_for(name, classifier):
     x, labels = evaluate_flow.start(40, seed=2)
     images = evaluate_flow.draw(zoo.load(name), x, labels, steps=8, scale=2.0)
     assert 0 <= images.min() <= images.max() <= 1
-    assert (seen(classifier, images) == labels).sum() >= 30
+    # the classifier sees the label in 98.9 % of 1,000 such samples: below 36 of 40 has
+    # probability 0.0001
+    assert (seen(classifier, images) == labels).sum() >= 36
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -175,7 +177,7 @@ def test_the_last_class_of_the_flows_is_any_digit(name, classifier):
 def test_reflow_made_the_flow_straighter():
     x, labels = evaluate_flow.start(20, seed=4)
     after, before = (evaluate_flow.straightness(zoo.load(n), x, labels, steps=10) for n in FLOWS)
-    assert after < 0.5 * before
+    assert after < 0.2 * before  # 0.06 of it over 200 paths
 
 
 @pytest.mark.parametrize(("rate", "steps"), [(0.5, 4), (1.3, 7)])

@@ -11,7 +11,7 @@ arXiv:2207.12598.
 
 - base starts from the weights of "mnist" (unless --no-warm), whose network is the same but for the
   class: its chain has the same ratio of noise to signal at the time (2000 / pi) · atan(sigma /
-  (1 - sigma)), which is within 41 of 1000 · sigma, and a·noise - s·clean is close to noise - clean.
+  (1 - sigma)), which is within 46 of 1000 · sigma, and a·noise - s·clean is close to noise - clean.
 - pairs follows the base flow from 20,000 noises to images, without guidance.
 - reflow trains the base further, on the straight lines between the two ends of the pairs.
 

@@ -36,7 +36,7 @@ def ode():
 
 RUNS = {
     "class": (lambda: run(FlowChef), TypeError, "guidance=FlowChef is a class"),
-    "shape": (lambda: run(FlowChef(), lambda x, p: x), ValueError, r"returned \(1, 2\) for 1 item"),
+    "shape": (lambda: run(FlowChef(), lambda x, p: x), ValueError, r"returned \[1, 2\] for 1 item"),
     "list": (lambda: run(FlowChef(), lambda x, p: [0.0]), ValueError, "returned list for 1 item"),
     "no-gradient": (
         lambda: run(FlowChef(), lambda x, p: x[:, 0].detach()),

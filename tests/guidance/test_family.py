@@ -6,10 +6,15 @@ import math
 import pytest
 import torch
 
-from steering import DPS, MPGD, FlowChef, FlowDPS, FreeDoM
-from tests.exact import gaussian_chain
+from steering import DPS, MPGD, ClassifierGuidance, FlowChef, FlowDPS, FreeDoM, Twist
+from tests.exact import NoisyClassifier, gaussian_chain
 from tests.guidance.steps import Squares, drawn, part_of, step_of
 
+VAR = [0.5, 1.0, 2.0, 4.0]
+MODEL = gaussian_chain(0.3, VAR, steps=8, dim=4, kind="flow")
+CLASSIFIER = NoisyClassifier(
+    MODEL.denoiser, torch.tensor(VAR, dtype=torch.float64), drawn(1, 4), 0.8
+)
 FAMILY = {
     "flowchef": FlowChef(),
     "flowchef-inner": FlowChef(inner=3, rule="adam", step=0.1),
@@ -19,14 +24,16 @@ FAMILY = {
     "mpgd": MPGD(),
     "freedom": FreeDoM(travel=3, travel_window=(0.0, 1.0)),
     "flowdps": FlowDPS(),
+    "classifier": ClassifierGuidance(CLASSIFIER),
+    "twist": Twist(),
+    "twist-skip": Twist(jacobian="skip", tempering=0.02),
 }
 
 
 @pytest.mark.parametrize("guidance", FAMILY.values(), ids=FAMILY)
 def test_an_item_is_bent_the_same_alone_and_among_others(guidance):
-    model = gaussian_chain(0.3, [0.5, 1, 2, 4], steps=8, dim=4, kind="flow")
     x = drawn(0, 6, 4) * torch.linspace(0.1, 5, 6)[:, None]  # residuals of unlike size
-    step = step_of(model, Squares(drawn(1, 4)), x, torch.tensor([0, 1, 3, 4, 6, 7]))
+    step = step_of(MODEL, Squares(drawn(1, 4)), x, torch.tensor([0, 1, 3, 4, 6, 7]))
     together = guidance.propose(step)
     for k in range(6):
         alone = guidance.propose(part_of(step, k))
@@ -37,11 +44,10 @@ def test_an_item_is_bent_the_same_alone_and_among_others(guidance):
 
 @pytest.mark.parametrize("guidance", FAMILY.values(), ids=FAMILY)
 def test_outside_its_window_a_guidance_is_the_model(guidance):
-    model = gaussian_chain(0.3, 1.0, steps=8, dim=4, kind="flow")
     i = torch.tensor([1, 2, 5, 6])
-    step = step_of(model, Squares(drawn(1, 4)), drawn(0, 4, 4), i)
+    step = step_of(MODEL, Squares(drawn(1, 4)), drawn(0, 4, 4), i)
     proposal = dataclasses.replace(guidance, window=(0.25, 0.75)).propose(step)
-    base = model.process.transition(step.x, i, step.denoise(step.x, i, step.row))
+    base = MODEL.process.transition(step.x, i, step.denoise(step.x, i, step.row))
     same = (proposal.guided.mean == base.mean).all(1)
     assert same.tolist() == [True, False, False, True]
 
