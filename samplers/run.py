@@ -320,9 +320,7 @@ def _guidance_of(sampler: Any, given: Guidance | None) -> Guidance | None:
 
 
 def _check(model, reward, sampler, lam, kl, ess, seed, guidance, weights) -> None:
-    if not isinstance(model, Model):
-        hint = "steering.from_pipeline(pipe) makes one of a diffusers pipeline"
-        raise TypeError(f"model is a {type(model).__name__}, not a steering.Model: {hint}.")
+    Model.check(model)
     _check_reward("reward", reward)
     if isinstance(sampler, type):
         name = sampler.__name__
@@ -345,6 +343,8 @@ def _check(model, reward, sampler, lam, kl, ess, seed, guidance, weights) -> Non
     if isinstance(guidance, type):
         name = guidance.__name__
         raise TypeError(f"guidance={name} is a class: give an instance, {name}().")
+    if getattr(guidance, "reward", None) is not None:
+        _check_reward(f"reward of {type(guidance).__name__}", guidance.reward)
     needed = ("propose", "rows", "exact", "differentiates")
     lacking = [m for m in needed if not hasattr(guidance, m)]
     if guidance is not None and lacking:

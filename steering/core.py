@@ -215,6 +215,15 @@ class Model:
     about: str = ""
     offloaded: bool = False
 
+    @staticmethod
+    def check(model: object) -> None:
+        """TypeError unless `model`, given as the argument of this name, is one."""
+        if not isinstance(model, Model):
+            raise TypeError(
+                f"model is a {type(model).__name__}, not a steering.Model: "
+                "steering.from_pipeline(pipe) makes one of a diffusers pipeline."
+            )
+
     def __str__(self) -> str:
         """What is steered, and how."""
         count = "" if self.prompts == (None,) else f", {len(self.prompts)} conditions"

@@ -310,3 +310,10 @@ def test_a_record_of_another_measurement_is_refused(tmp_path):
     sample(model, first, BestOfN(3), record=tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match="its reward is"):
         sample(model, measure(identity, y + 5), BestOfN(3), record=tmp_path / "run", progress=False)
+
+
+def test_one_number_may_be_measured_of_an_item():
+    x = images(2)
+    reward = measure(lambda x: x.mean((1, 2, 3)), torch.tensor([0.0, 1.0]))
+    expected = -torch.stack([x[0].mean().square(), (x[1].mean() - 1).square()])
+    torch.testing.assert_close(reward(x, [0, 1]), expected, rtol=1e-5, atol=0)

@@ -62,6 +62,7 @@ def flow_edit(
     Paper: Kulikov et al., "FlowEdit: inversion-free text-based editing using pre-trained flow
     models", arXiv 2412.08629.
     """
+    Model.check(model)
     chain = model.process
     if not isinstance(chain, GaussianProcess) or not chain.straight:
         raise ValueError(f"model={model.name} is no rectified flow, and this edit is for those.")

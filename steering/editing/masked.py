@@ -82,7 +82,8 @@ class FlowChefEdit:
     Conditions keep guidance scales of their own in these calls: the published edits have none
     besides `scale`.
 
-    The base of the weight is the model's own kernel under the walk's condition, so the density is
+    `FlowChefEdit.published("flux", "add", ...)` has the paper's settings by task. The base of the
+    weight is the model's own kernel under the walk's condition, so the density is
     known. On a chain without noise say `weights="none"`.
 
     Args:
@@ -153,7 +154,9 @@ class FlowChefEdit:
         mask: Tensor,
         base: int | Mapping[int, int] | None = None,
     ) -> FlowChefEdit:
-        """The paper's settings for a task, for a chain of PUBLISHED[model, task]["steps"] steps.
+        """The paper's settings for a task: change-object, add, remove, attribute, pose, colour,
+        material, background or style. They are meant for a chain of 30 (flux) or 50 (instaflow)
+        steps, `steering.editing.PUBLISHED[model, task]["steps"]`.
 
         Raises:
             ValueError: no model or task has this name.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steering.core import Model
+from steering.guidance.scoring import score
 from steering.noise import child_key, root_key
 
 UNSAFE = 0.5
@@ -52,6 +53,7 @@ def jacobian_cosine(
     Raises:
         ValueError: no samples; steps off the chain.
     """
+    Model.check(model)
     total = model.process.steps
     asked = list(range(total)) if steps is None else list(steps)
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
@@ -83,12 +85,11 @@ def jacobian_cosine(
 
 def _cosine(model: Model, reward: Any, x: Tensor, i: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """Clean guesses [N, *D] of states x [N, *D], and cosines [N] float32 of the two gradients."""
-    of_states = getattr(reward, "of_states", False)
-    decode = (lambda clean: clean) if of_states else (model.preview or model.decode)
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         clean = model.denoiser(x, model.process.time(i), row)
-        value = reward(decode(clean), [model.prompts[r] for r in row.tolist()])
+        prompts, decode = [model.prompts[r] for r in row.tolist()], model.preview or model.decode
+        value = score(reward, clean, prompts, decode, guidance="jacobian_cosine")
         skipped, true = torch.autograd.grad(value.sum(), (clean, x), materialize_grads=True)
     skipped, true = skipped.flatten(1).double(), true.flatten(1).double()
     # 0 / 0 is nan: no direction has no cosine

@@ -61,7 +61,8 @@ class FlowChef:
     Args:
         reward: what to follow; None is the run's.
         step: how far, in units of the rule. For rewards of `measure`, the share of the residual
-            to remove in each step: 1 solves a mask at once.
+            to remove in each step: 1 solves a mask at once. For others begin with .02, and look at
+            the images: the default, in their units, is far too much for a classifier.
         window: (start, stop), shares of the steps, counted from the noise.
         inner: moves in each step, the network's output held.
         rule: "polyak", "normalised", "norm", "plain" or "adam" (`steering.guidance.rules`); None is

@@ -15,6 +15,16 @@ from steering.pipelines.conditional import evaluating
 PIXELS_AT_ONCE = 2**20  # one image of 1024 x 1024 or four of 512 x 512: some GiB of activations
 
 
+def check_images(images: Any) -> None:
+    """TypeError or ValueError unless `images` is a tensor of floats in [0, 1]."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        what = images.dtype if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise TypeError(f"images is {what}: give a tensor of floats in [0, 1], [N, C, H, W].")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(f"images go from {low:g} to {high:g}: give values in [0, 1].")
+
+
 @dataclass(frozen=True, eq=False)
 class LatentCodec:
     """Images of latents: vae.decode(latents / scaling + shift), a few at a time, in [0, 1].
@@ -48,8 +58,9 @@ class LatentCodec:
         """Latents [N, *D] float32 of images [N, 3, H, W] in [0, 1].
 
         Raises:
-            ValueError: images of another size.
+            TypeError: they are no tensor of floats. ValueError: of another size, or range.
         """
+        check_images(images)
         if images.ndim != 4 or images.shape[2] * images.shape[3] != self.pixels:
             raise ValueError(
                 f"images have shape {list(images.shape)}: give [N, 3, H, W] of the model's own "

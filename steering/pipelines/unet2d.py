@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steering.core import Model, images_in_unit_range
 from steering.pipelines.conditional import Conditions, calling, conditional_model
+from steering.pipelines.latent import check_images
 from steering.pipelines.request import Request
 from steering.pipelines.schedulers import read_scheduler
 
@@ -38,18 +39,30 @@ def build(pipe: Any, request: Request) -> Model:
         calling(unet),
         lambda: (positive, negative),
         scale,
-        lambda vae: PixelCodec(),
+        lambda vae: PixelCodec(shape),
     )
 
 
 @dataclass(frozen=True)
 class PixelCodec:
-    """States that are images already: [-1, 1] instead of [0, 1]."""
+    """States that are images already: [-1, 1] instead of [0, 1].
+
+    Args:
+        shape: (C, H, W) of one.
+    """
+
+    shape: tuple[int, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
         return images_in_unit_range(x)
 
     def encode(self, images: Tensor) -> Tensor:
+        check_images(images)
+        if images.shape[1:] != self.shape:
+            raise ValueError(
+                f"images have shape {list(images.shape)}: give [N, C, H, W] with the model's own "
+                f"{list(self.shape)}."
+            )
         return 2 * images.float() - 1
 
 

@@ -26,7 +26,20 @@ def measure(
     noise: float = 0.0,
     space: Literal["items", "states"] = "items",
 ) -> Measure:
-    """reward(x) = -|A x - y|²: see `Measure`, which it makes."""
+    """reward(x) = -|A x - y|², how well an item explains a measurement; differentiable.
+
+    Args:
+        A: an object with a differentiable method A(x), such as those of `steering.operators` or
+            deepinv's physics, or a function of images [N, C, H, W] in [0, 1] -> [N, ...].
+        y: what was measured: of one item, for all; or a dict, one by prompt; or [N, ...] of the N
+            items of a batch.
+        noise: standard deviation of y's noise; what it alone leaves is not pursued. λ = 1 / (2
+            noise²) draws from p(x | y).
+        space: "items" (images), or "states": A is of clean states, and nothing is decoded.
+
+    Returns:
+        A `steering.rewards.Measure`; what it raises is told there.
+    """
     return Measure(A, y, noise, space)
 
 
@@ -79,7 +92,10 @@ class Measure(Composable):
             name = f"y[{prompt!r}]" if several else "y"
             if not isinstance(y, Tensor) or not y.is_floating_point() or y.ndim == 0:
                 what = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-                raise TypeError(f"{name} is {what}: give a tensor of floats, or a dict of them.")
+                raise TypeError(
+                    f"{name} is {what}: give a tensor of floats of one dimension or more, or a "
+                    "dict of them."
+                )
             if y.numel() == 0 or not y.isfinite().all():
                 bad = f"of shape {list(y.shape)}" if y.numel() == 0 else "with nan or inf"
                 raise ValueError(f"{name} is a tensor {bad}: give finite numbers.")
@@ -135,7 +151,7 @@ class Measure(Composable):
                 "measurement per item, a tensor [N, ...]."
             )
         y = self._of(prompts, seen).to(seen.device)
-        return -(seen.float() - y).flatten(1).square().sum(1)
+        return -(seen.float() - y).reshape(len(items), -1).square().sum(1)
 
     def _of(self, prompts: Sequence[Any], seen: Tensor) -> Tensor:
         """Measurements [N, ...] or [1, ...] of N items, of which `seen` [N, ...] is seen."""

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from samplers import SMC, BestOfN, Importance, sample
-from steering import FlowChef, Twist, measure, operators
+from steering import (
+    FlowChef,
+    Twist,
+    flow_edit,
+    from_pipeline,
+    jacobian_cosine,
+    measure,
+    operators,
+    steer,
+    zoo,
+)
 from steering.guidance.bend import window_steps
 from tests.brownian import brownian
 from tests.exact import gaussian_chain
@@ -100,3 +110,27 @@ def test_a_window_written_as_steps_out_of_steps_holds_them_all():
             if window_steps((0.0, k / n), n) != (0, k)]  # fmt: skip
     assert not lost
     assert int(29 / 100 * 100) == 28  # which is what rounding down alone makes of it
+
+
+@pytest.mark.parametrize("call", [
+    lambda model: jacobian_cosine(object(), rising),
+    lambda model: flow_edit(object(), torch.zeros(2), from_row=0, to_row=0),
+    lambda model: steer(model, FlowChef(rising)).__enter__(),
+    lambda model: jacobian_cosine(model, lambda x, p: x[:, 0].detach(), samples=1),
+    lambda model: sample(model, rising, BestOfN(2), guidance=FlowChef(0.5)),
+])  # fmt: skip
+def test_what_is_no_model_or_reward_is_named(call):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"model is a|pipe is a|has no gradient|reward of"
+    ):
+        call(gaussian_chain(steps=3))
+
+
+@pytest.mark.parametrize("images", [
+    255 * torch.ones(1, 1, 28, 28), torch.zeros(1, 1, 28, 28, dtype=torch.uint8),
+    torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 28, 28), [1],
+], ids=["range", "bytes", "size", "channels", "list"])  # fmt: skip
+def test_images_that_are_none_of_the_models_are_not_encoded(images):
+    model = from_pipeline(zoo.load("mnist"), steps=2)
+    with pytest.raises((TypeError, ValueError), match="images"):
+        model.encode(images)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steering.core import Guidance
+from steering.core import Guidance, Model
 from steering.pipelines.request import networks
 from steering.pipelines.steered.asked import Asked
 from steering.pipelines.steered.guided_steps import Steering
@@ -177,7 +177,9 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 def _check(pipe: Any, guidance: Any, decode: Any, vae: Any) -> None:
     if not hasattr(pipe, "components"):
-        raise ValueError(f"pipe is a {type(pipe).__name__}, no diffusers pipeline.")
+        is_model = isinstance(pipe, Model)
+        hint = ": a model is steered by sample(model, ..., guidance=)" if is_model else ""
+        raise ValueError(f"pipe is a {type(pipe).__name__}, no diffusers pipeline{hint}.")
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         raise ValueError(f"{type(pipe).__name__} has no scheduler, whose steps could be steered.")
