@@ -46,9 +46,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     "SMC, late levels": lambda: SMC(levels=LATE),
     "DTS": TreeSampling,
 }
-TWISTED: dict[str, Callable[[], Any]] = {
-    "TDS": lambda: TDS(particles=16),
-    "DAS": lambda: DAS(particles=16),
+TWISTED: dict[str, Callable[[int], Any]] = {
+    "TDS": lambda particles: TDS(particles),
+    "DAS": lambda particles: DAS(particles),
 }
 STEPS = (0.0003, 0.001, 0.003, 0.01, 0.03)  # of FlowChef, in units of sigma · sqrt(dim)
 
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/even_digits"), help="keeps them")
     args = parser.parse_args()
     if args.quick:
-        args.nfe, args.seeds, args.pool = [1000], 2, 150
+        args.nfe, args.seeds, args.pool = [1000], 1, 150
         args.work = args.work.with_name(args.work.name + "-quick")
     torch.set_num_threads(1)
     header()
@@ -174,8 +174,9 @@ def main() -> None:
         pairs += [(s, "own") for s in TWISTED]
         for name, bend in pairs:
             for nfe in args.nfe:
-                make = SAMPLERS.get(name) or TWISTED[name]
-                runs = run(bench, task, make(), guidances.get(bend), nfe, args.seeds)
+                particles = 8 if args.quick else 16
+                sampler = SAMPLERS[name]() if name in SAMPLERS else TWISTED[name](particles)
+                runs = run(bench, task, sampler, guidances.get(bend), nfe, args.seeds)
                 r = row(task, reference, runs)
                 figures["table"].append({"task": task, "sampler": name, "guidance": bend,
                                          "nfe": nfe, **r})  # fmt: skip
