@@ -31,14 +31,15 @@ def build(pipe: Any, request: Request) -> Model:
     high, wide = height // factor // 2, width // factor // 2
     mu = dynamic_shift(pipe.scheduler.config, high * wide, largest=1.15)
     process, prediction = read_scheduler(
-        _on_the_pipelines_grid(pipe.scheduler, request.steps),
+        pipe.scheduler,
         (high * wide, config.in_channels),
         steps=request.steps,
         eta=request.eta,
         mu=mu,
+        even=True,
     )
-    # the transformer is told sigma; the scheduler's times are T times that
-    process = replace(process, times=process.times / request.steps)
+    # the transformer is told sigma; the scheduler's times are so many times that
+    process = replace(process, times=process.times / pipe.scheduler.config.num_train_timesteps)
     call, device, dtype = calling(transformer), pipe._execution_device, transformer.dtype
     image_ids = pipe._prepare_latent_image_ids(1, high, wide, device, dtype)
 
@@ -101,18 +102,3 @@ def _refuse(pipe: Any, request: Request) -> None:
     # as 0, which many write with these models, it asks for nothing
     if not config.guidance_embeds and (request.scales(0.0) > 1).any():
         request.refuse("guidance_scale", because="this model was distilled for one scale")
-
-
-def _on_the_pipelines_grid(scheduler: Any, steps: int) -> Any:
-    """A scheduler whose own grid of `steps` is the pipeline's, sigmas 1, 1 - 1/T, ..., 1/T.
-
-    Left to itself, one of n training times goes down from 1 to 1/n; so n = T. A number of steps
-    that cannot be is left for `read_scheduler` to refuse.
-    """
-    if type(steps) is not int or not 1 <= steps <= scheduler.config.num_train_timesteps:
-        return scheduler
-    own = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
-    # the ends of the grid are shifted when one is made, and would be again when it is set
-    fitted = type(scheduler).from_config({**own, "num_train_timesteps": steps, "shift": 1.0})
-    fitted.set_shift(scheduler.shift)
-    return fitted
