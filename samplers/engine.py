@@ -395,16 +395,15 @@ class Engine:
         if not bent.any():
             return self._plain(requests, x, at, row, looking, key, known)
         clean = torch.empty_like(x)
-        pick = (~bent).nonzero().flatten().to(x.device)
-        if len(pick):
-            part, states = [requests[k] for k in pick.tolist()], x[pick]
-            here = (~bent).nonzero().flatten()
+        for some, take in ((~bent, self._plain), (bent, self._bent)):
+            here = some.nonzero().flatten()
+            if not len(here):
+                continue
+            pick = here.to(x.device)
+            part, states = [requests[k] for k in here.tolist()], x[pick]
             guesses = None if known is None else known[pick]
-            clean[pick] = self._plain(
-                part, states, at[here], row[here], looking[here], key[pick], guesses
-            )
+            clean[pick] = take(part, states, at[here], row[here], looking[here], key[pick], guesses)
             x[pick] = states
-        clean[bent.to(x.device)] = self._bent(requests, x, at, row, bent, key, known)
         return clean
 
     def _plain(self, requests, x, at, row, looking, key, known: Tensor | None) -> Tensor:
@@ -421,17 +420,13 @@ class Engine:
         x[sub] = transition.sample(key[sub])
         return clean
 
-    def _bent(self, requests, x, at, row, bent, key, known: Tensor | None) -> Tensor:
-        """`_move` of the particles `bent` [n] by the guidance; their clean guesses."""
+    def _bent(self, requests, x, at, row, looking, key, known: Tensor | None) -> Tensor:
+        """`_move` by the guidance, of walks none of which is only looking."""
         assert self.bending is not None
-        here = bent.nonzero().flatten()
-        pick = here.to(x.device)
-        part = [requests[k] for k in here.tolist()]
-        guesses = None if known is None else known[pick]
-        found = self.bending(part, x[pick], at[here], row[here], key[pick], self._lam, guesses)
-        x[pick] = found.x
+        found = self.bending(requests, x, at, row, key, self._lam, known)
+        x[:] = found.x
         weighed = self.settings.weights == "exact"
-        columns = zip(part, found.log_ratio.tolist(), found.failed.tolist(), strict=True)
+        columns = zip(requests, found.log_ratio.tolist(), found.failed.tolist(), strict=True)
         for r, log_ratio, failed in columns:
             r.log_ratio += log_ratio if weighed else 0.0
             r.failed |= failed
