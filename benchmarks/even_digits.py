@@ -237,13 +237,17 @@ class Reference:
             to_real = math.nan
             if self.real is not None:
                 to_real = float(frechet(mine, self.real, extractor=EXTRACTOR))
-        if not self.by_kernel:
-            return to_reference, to_real, math.nan
+        kernel = self.by_mmd(drawn) if self.by_kernel else math.nan
+        return to_reference, to_real, kernel
+
+    def by_mmd(self, drawn: Drawn) -> float:
+        """MMD² to the reference."""
+        repeated = drawn.features.repeat_interleave(drawn.counts, 0)
         value = mmd(
             repeated, self.features, bandwidth=self.bandwidth, weights_y=self.weights,
             extractor=EXTRACTOR,
         )  # fmt: skip
-        return to_reference, to_real, float(value)
+        return float(value)
 
 
 def _real(classes: list[int]) -> Moments:

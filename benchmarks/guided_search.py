@@ -37,7 +37,6 @@ from benchmarks.even_digits import (
 from benchmarks.report import finish, header
 from samplers import DAS, SMC, TDS, Importance, TreeSampling, sample
 from steering.guidance import FlowChef, Twist
-from steering.metrics import mmd
 
 TASKS = ("even", "rare")
 LATE = (20, 28, 35, 40, 44)  # where clean guesses foretell the reward
@@ -103,16 +102,7 @@ def searched_step(bench: Bench, task: str, nfe: int) -> float:
 def distance(reference: Reference, drawn: Drawn) -> float:
     """Fréchet distance, or MMD² where the reference is too thin for it; infinite for one item."""
     if reference.by_kernel:
-        repeated = drawn.features.repeat_interleave(drawn.counts, 0)
-        return float(
-            mmd(
-                repeated,
-                reference.features,
-                bandwidth=reference.bandwidth,
-                weights_y=reference.weights,
-                extractor=EXTRACTOR,
-            )
-        )
+        return reference.by_mmd(drawn)
     return reference.distances(drawn)[0] if len(drawn.features) > 1 else math.inf
 
 

@@ -33,8 +33,8 @@ from benchmarks.report import finish, header
 from samplers import Ancestral, sample
 from steering import from_pipeline, guidance, measure, operators, zoo
 from steering.core import Guidance, Model
-from steering.metrics import Moments, frechet
-from steering.zoo.evaluate import grid
+from steering.metrics import frechet
+from steering.zoo.evaluate import grid, moments
 
 STEPS, NULL, SEED, EXTRACTOR = 25, 10, 0, "mnist-classifier/64"
 TUNING_PER_CLASS = 5  # of the 25 images of each class
@@ -179,8 +179,7 @@ def ssim(images: Tensor, originals: Tensor) -> float:
 
 def distance(images: Tensor) -> float:
     """Fréchet distance to the test images, in the 64 features of the built-in classifier."""
-    stats = zoo.reference("mnist-test")
-    real = Moments(stats["mean"], stats["cov"], float(stats["n"]))
+    real = moments("mnist-test")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numbers of images are printed, and equal in a table
         features = zoo.load("mnist-classifier").features(images)

@@ -110,3 +110,18 @@ def of(pipe: Any) -> tuple:
         {n: [len(s._forward_pre_hooks) for s in m.modules()] for n, m in networks.items()},
         {n: m.training for n, m in networks.items()},
     )
+
+
+class Watching:
+    """A reward that keeps what it is shown."""
+
+    differentiable = True
+
+    def __init__(self) -> None:
+        self.items: list[Tensor] = []
+        self.prompts: list[Any] = []
+
+    def __call__(self, items, prompts):
+        self.items.append(items.detach())
+        self.prompts.append(list(prompts))
+        return items.flatten(1).mean(1)

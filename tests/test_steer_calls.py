@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from steering.pipelines.steered.recorded import Recorded
 from tests.steered import (
     STEPS,
     Target,
+    Watching,
     of,
     pointwise,
     run,
@@ -37,22 +37,6 @@ from tests.tiny_pipelines import (
     stable_diffusion_3,
     stable_diffusion_xl,
 )
-
-
-class Watching:
-    """A reward that keeps what it is shown."""
-
-    differentiable = True
-
-    def __init__(self) -> None:
-        self.items: list[Tensor] = []
-        self.prompts: list[Any] = []
-
-    def __call__(self, items, prompts):
-        self.items.append(items.detach())
-        self.prompts.append(list(prompts))
-        return items.flatten(1).mean(1)
-
 
 DECODED = {
     "flux": flux,

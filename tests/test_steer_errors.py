@@ -11,12 +11,12 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
 )
-from torch import Tensor
 
 from steering import FlowChef, FlowDPS, FreeDoM, Twist, measure, steer
 from steering.pipelines.steered.asked import Asked
 from tests.steered import (
     Target,
+    Watching,
     pointwise,
     run,
     scheduler_of,
@@ -173,18 +173,3 @@ def test_states_that_are_not_known_how_to_decode_ask_for_a_way():
         pytest.raises(ValueError, match=r"decode=.*space='states'"),
     ):
         run(pipe)
-
-
-class Watching:
-    """A reward that keeps what it is shown."""
-
-    differentiable = True
-
-    def __init__(self) -> None:
-        self.items: list[Tensor] = []
-        self.prompts: list[Any] = []
-
-    def __call__(self, items, prompts):
-        self.items.append(items.detach())
-        self.prompts.append(list(prompts))
-        return items.flatten(1).mean(1)
