@@ -111,6 +111,8 @@ def drakes(
     Paper: Wang et al., "Fine-tuning discrete diffusion models via reward optimization with
     applications to DNA and protein design", arXiv 2410.13643.
     """
+    from tqdm.auto import tqdm
+
     check_counts(
         truncate=truncate, batch=batch, accumulate=accumulate, updates=updates, every=every
     )
@@ -174,7 +176,7 @@ def drakes(
     }  # fmt: skip
     with frozen(original):
         if progress and accelerator.is_main_process:
-            print(predicted_memory(paths, network, original, batch), flush=True)
+            tqdm.write(predicted_memory(paths, network, original, batch))
         return fit(
             mine,
             network,
@@ -346,9 +348,7 @@ def _backward(
 
 def predicted_memory(paths: Paths, network: nn.Module, original: nn.Module, batch: int) -> str:
     """What the most memory will be, in words; see `predicted_bytes`."""
-    kept, states, step = (
-        part / _GB for part in predicted_bytes(paths, network, original, batch)
-    )
+    kept, states, step = (part / _GB for part in predicted_bytes(paths, network, original, batch))
     return (
         f"predicted peak memory: {kept + states + step:.2f} GB, the reward's own aside: {kept:.2f} "
         f"weights and moments, {states:.2f} states, {step:.2f} steps computed at a time"

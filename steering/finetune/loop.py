@@ -174,7 +174,11 @@ def fit(
             history = _resumed(folder, weights, optimizer, told, main)
     tuned, failed = Tuned(pipe, history), 0
     shown = tqdm(
-        total=updates, initial=len(history), unit="update", disable=not (progress and main)
+        total=updates,
+        initial=len(history),
+        unit="update",
+        mininterval=1.0,
+        disable=not (progress and main),
     )
     with shown as bar:
         for number in range(len(history), updates):
