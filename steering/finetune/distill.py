@@ -126,8 +126,8 @@ def distill(
 
     told = {
         "method": "distill", "model": before.name, "prompts": tuned.prompts, "steps": steps,
-        "data": digest([tokens, rows, reached]), "batch": batch, "lr": lr, "clip": clip,
-        "seed": seed, "processes": accelerator.num_processes,
+        "data": [digest(t) for t in (tokens, rows, reached)], "batch": batch, "lr": lr,
+        "clip": clip, "seed": seed, "processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
     }  # fmt: skip
     with frozen(original):

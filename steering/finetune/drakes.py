@@ -145,16 +145,17 @@ def drakes(
 
     def gradient(number: int) -> Figures:
         weight = alpha * min(1.0, (number + 1) / warmup) if warmup else float(alpha)
-        total = Figures({}, {})
+        means, counts = dict[str, float](), dict[str, int]()
         for part in range(accumulate):
             first = (number * accumulate + part) * accelerator.num_processes
             index = (first + accelerator.process_index) * batch + torch.arange(batch)
             row, key = index % conditions, root_key(seed, index).to(tuned.device)
             seen = _backward(paths, reward, row, key, weight, accumulate, accelerator)
-            for mine_, more in ((total.means, seen.means), (total.counts, seen.counts)):
-                for name, value in more.items():
-                    mine_[name] = mine_.get(name, 0) + value
-        return total
+            for name, value in seen.means.items():
+                means[name] = means.get(name, 0.0) + value / accumulate
+            for name, count in seen.counts.items():
+                counts[name] = counts.get(name, 0) + count
+        return Figures(means, counts)
 
     def watch() -> Figures:
         index = torch.arange(_WATCHED)
@@ -319,7 +320,7 @@ def _backward(
     share: int,
     accelerator: Any,
 ) -> Figures:
-    """Add the gradient of one batch, divided by `share`; means of it are, too."""
+    """Add the gradient of one batch, divided by `share`."""
     n = len(row)
     spent: list[float | Tensor] = []
 
@@ -342,7 +343,6 @@ def _backward(
     means = {"loss": alpha * kl - gained, "reward": gained, "alpha": alpha}
     if paths.before is not None:
         means["kl"] = kl
-    means = {name: value / share for name, value in means.items()}
     return Figures(means, {"forward": forward, "backward": backward, "rewards": n})
 
 

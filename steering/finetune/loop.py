@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from steering.pipelines.request import networks
 
 _PATIENCE = 5  # updates in a row that may fail
+Weights = dict[str, nn.Parameter]
 _STATE, _SETTINGS, _HISTORY = "state.safetensors", "settings.json", "history.jsonl"
 
 
@@ -165,7 +166,7 @@ def fit(
     """
     from tqdm.auto import tqdm
 
-    weights = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    weights: Weights = {n: p for n, p in network.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(weights.values(), lr=lr, fused=True)
     alone, main = accelerator.num_processes == 1, accelerator.is_main_process
     folder, history = None if out is None else Path(out), list[dict[str, Any]]()
@@ -220,7 +221,7 @@ def fit(
     return tuned
 
 
-def _averaged(seen: Figures, weights: dict[str, Tensor], accelerator: Any) -> Figures:
+def _averaged(seen: Figures, weights: Weights, accelerator: Any) -> Figures:
     """Gradients and means averaged over processes; counts summed."""
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights.values()]
     flat = torch.cat([g.flatten() for g in grads])
@@ -235,7 +236,7 @@ def _averaged(seen: Figures, weights: dict[str, Tensor], accelerator: Any) -> Fi
 
 def _resumed(
     folder: Path,
-    weights: dict[str, Tensor],
+    weights: Weights,
     optimizer: torch.optim.Optimizer,
     told: dict[str, Any],
     main: bool,
@@ -267,9 +268,7 @@ def _resumed(
     ]
 
 
-def _save(
-    path: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, done: int
-) -> None:
+def _save(path: Path, weights: Weights, optimizer: torch.optim.Optimizer, done: int) -> None:
     tensors = {}
     for name, p in weights.items():
         tensors[f"weight/{name}"] = p.detach().contiguous()
@@ -281,7 +280,7 @@ def _save(
 
 
 @torch.no_grad()
-def _load(path: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+def _load(path: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> int:
     """Restore what `_save` wrote, in place; returns how many updates were done."""
     tensors = load_file(path)
     for name, p in weights.items():

@@ -53,19 +53,19 @@ def path_kl(
     check_counts(n=n, batch=batch)
     if n < 2:
         raise ValueError(f"n={n}: one path has no standard error, give 2 or more.")
-    models = [
+    one, other = (
         m if isinstance(m, Model) else from_pipeline(m, prompts, steps=steps)
         for m in (tuned, before)
-    ]
-    a, b = (token_chain(m) for m in models)
+    )
+    a, b, conditions = token_chain(one), token_chain(other), len(one.prompts)
     same = type(a) is type(b) and a.tokens == b.tokens and a.length == b.length
-    if not same or len(models[0].prompts) != len(models[1].prompts):
+    if not same or conditions != len(other.prompts):
         raise ValueError("tuned and before have different tokens, lengths or numbers of prompts.")
     if not torch.equal(a.level, b.level):
         raise ValueError(f"tuned has {a.steps} steps and before {b.steps}, or another schedule.")
     index = torch.arange(n)
     parts = [
-        hard_paths(*models, part % len(models[0].prompts), root_key(seed, part))[1]
+        hard_paths(one, other, part % conditions, root_key(seed, part))[1]
         for part in index.split(batch)
     ]
     return estimate(torch.cat(parts))
@@ -77,11 +77,11 @@ def estimate(values: Tensor) -> Estimate:
 
 
 @torch.no_grad()
-def hard_paths(tuned: Model, before: Model | None, row: Tensor, key: Tensor):
+def hard_paths(tuned: Model, before: Model, row: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Ends [N, L] of N paths of `tuned`, and the KL [N] float64 to `before` along each.
 
     Args:
-        tuned, before: models of one chain; None leaves the KL at 0.
+        tuned, before: models of one chain.
         row: [N] int64 conditions, on the CPU.
         key: [N] int64 noise keys, on the CPU.
     """
@@ -92,8 +92,7 @@ def hard_paths(tuned: Model, before: Model | None, row: Tensor, key: Tensor):
         at = torch.full_like(key, i)
         t = process.time(at)
         law = process.transition(x, at, tuned.denoiser(x, t, row))
-        if before is not None:
-            apart += law.kl(process.transition(x, at, before.denoiser(x, t, row)))
+        apart += law.kl(process.transition(x, at, before.denoiser(x, t, row)))
         x = law.sample(child_key(key, i))
     return x, apart
 
