@@ -93,7 +93,7 @@ def distill(
         rows = torch.zeros(len(tokens), dtype=torch.int64)
     _check_sequences(tokens, rows, process.length, process.tokens, conditions)
     _check_kept(tokens, rows, getattr(tuned.denoiser, "fixed", None))
-    reached = _shares(log_weights, rows, conditions).cumsum(0)
+    reached = _shares(log_weights, rows).cumsum(0)
     accelerator = accelerator_of(tuned.device)
 
     def guess_for(row: Tensor):
@@ -147,7 +147,7 @@ def distill(
         )
 
 
-def _shares(log_weights: Tensor | None, rows: Tensor, conditions: int) -> Tensor:
+def _shares(log_weights: Tensor | None, rows: Tensor) -> Tensor:
     """[N] float64 probabilities of sequences to be taken; conditions that have any are equal.
 
     Raises:
@@ -174,8 +174,12 @@ def _shares(log_weights: Tensor | None, rows: Tensor, conditions: int) -> Tensor
 def _check_sequences(tokens: Tensor, rows: Tensor, L: int, K: int, conditions: int) -> None:
     """ValueError for sequences that are none of a chain of L sites and K tokens."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 2:
-        what = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"tokens: {what}, give tokens [N, {L}] int64.")
+        what = (
+            f"{tokens.dtype} {list(tokens.shape)}"
+            if isinstance(tokens, Tensor)
+            else type(tokens).__name__
+        )
+        raise ValueError(f"tokens is {what}: give tokens [N, {L}] int64.")
     if tokens.shape[1] != L or not len(tokens):
         raise ValueError(f"tokens has shape {list(tokens.shape)}: give [N, {L}], N from 1 on.")
     wrong = ((tokens < 0) | (tokens >= K)).any(1).nonzero().flatten().tolist()
