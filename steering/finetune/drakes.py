@@ -350,8 +350,8 @@ def predicted_memory(paths: Paths, network: nn.Module, original: nn.Module, batc
     """What the most memory will be, in words; see `predicted_bytes`."""
     kept, states, step = (part / _GB for part in predicted_bytes(paths, network, original, batch))
     return (
-        f"predicted peak memory: {kept + states + step:.2f} GB, the reward's own aside: {kept:.2f} "
-        f"weights and moments, {states:.2f} states, {step:.2f} steps computed at a time"
+        f"predicted peak memory: {kept + states + step:.3g} GB, the reward's own aside: {kept:.2g} "
+        f"weights and moments, {states:.2g} states, {step:.2g} steps that are open at a time"
     )
 
 

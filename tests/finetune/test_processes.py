@@ -17,13 +17,18 @@ from tests.finetune.processes import main
 ROOT = Path(__file__).parents[2]
 
 
-def launch(out: Path, *arguments: str, batch: int, updates: int) -> None:
-    """Tune in processes of their own."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *arguments]
-    command += ["-m", "tests.finetune.processes", str(out), str(batch), str(updates)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def launch(out: Path, processes: int, precision: str, batch: int, updates: int) -> None:
+    """Tune in processes of their own, on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), "-m", "tests.finetune.processes"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*command, str(out), str(batch), str(updates)],
+        cwd=ROOT,
+        env=os.environ | environment | {"ACCELERATE_MIXED_PRECISION": precision},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -39,8 +44,8 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     # the same eight paths, whose gradients are summed in another order: 1e-7 of the gradient. Adam
     # divides by its size, so that a weight differs by lr · 1e-7 · |largest| / |its own| at most
     two, one = tmp_path / "two", tmp_path / "one"
-    launch(two, "--num_processes", "2", "--mixed_precision", "no", batch=4, updates=2)
-    launch(two, "--num_processes", "2", "--mixed_precision", "no", batch=4, updates=4)  # goes on
+    launch(two, 2, "no", batch=4, updates=2)
+    launch(two, 2, "no", batch=4, updates=4)  # goes on
     main(str(one), 8, 4)
     apart = max(float((learned(two)[k] - w).abs().max()) for k, w in learned(one).items())
     assert apart < 2e-5  # of weights that moved by 4e-3
@@ -57,7 +62,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
 @pytest.mark.slow
 def test_bfloat16_is_near_float32(tmp_path):
     half, full = tmp_path / "half", tmp_path / "full"
-    launch(half, "--num_processes", "1", "--mixed_precision", "bf16", batch=8, updates=4)
+    launch(half, 1, "bf16", batch=8, updates=4)
     main(str(full), 8, 4)
     last = [json.loads((o / "history.jsonl").read_text().splitlines()[-1]) for o in (half, full)]
     assert last[0]["kl"] != last[1]["kl"]
