@@ -19,6 +19,7 @@ from steering.pipelines import from_pipeline
 if TYPE_CHECKING:
     from steering import cfg, editing, guidance, metrics, operators, rewards, zoo
     from steering.editing import FlowChefEdit, flow_edit
+    from steering.pipelines.masked_lm import from_masked_lm
     from steering.pipelines.steered import steer
     from steering.rewards.measure import measure
 
@@ -35,6 +36,7 @@ __all__ = [
     "cfg",
     "editing",
     "flow_edit",
+    "from_masked_lm",
     "from_pipeline",
     "guidance",
     "jacobian_cosine",
@@ -50,6 +52,7 @@ __all__ = [
 _FUNCTIONS = {
     "FlowChefEdit": "steering.editing",
     "flow_edit": "steering.editing",
+    "from_masked_lm": "steering.pipelines.masked_lm",
     "measure": "steering.rewards.measure",
     "steer": "steering.pipelines.steered",
 }
