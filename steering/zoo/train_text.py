@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from steering.models.sequence_denoiser import SequenceDenoiser
+from steering.models.sequence_pipeline import SequencePipeline
+from steering.models.token_scheduler import TokenScheduler
 from steering.zoo.training import fit
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz,.;:?'!"
@@ -108,7 +110,9 @@ def train(data: Path, minutes: float, out: Path, seed: int) -> None:
     def save(weights: dict[str, Tensor]) -> None:
         averaged = build_denoiser()
         averaged.load_state_dict(weights)
-        averaged.half().save_pretrained(out / "denoiser")
+        SequencePipeline(
+            averaged.half(), TokenScheduler(len(ALPHABET)), ALPHABET, LENGTH
+        ).save_pretrained(out)
 
     fit(denoiser, loss, len(starts), save, out, minutes, PEAK_LR, rng)
 
