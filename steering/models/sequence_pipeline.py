@@ -122,14 +122,18 @@ class SequencePipeline(DiffusionPipeline):
         fixed, labels = [], []
         null = self.classes
         for prompt in prompts if prompts is not None else (None,):
-            is_label = isinstance(prompt, int) and not isinstance(prompt, bool)
-            if is_label and (null is None or not 0 <= prompt <= null):
-                has = "takes no class labels" if null is None else f"has labels 0 to {null - 1}"
-                raise ValueError(f"prompts has {prompt!r}: this model {has}.")
-            if not (is_label or prompt is None or isinstance(prompt, str)):
+            label, text = null, ""
+            if isinstance(prompt, str):
+                text = prompt
+            elif isinstance(prompt, int) and not isinstance(prompt, bool):
+                if null is None or not 0 <= prompt <= null:
+                    has = "takes no class labels" if null is None else f"has labels 0 to {null - 1}"
+                    raise ValueError(f"prompts has {prompt!r}: this model {has}.")
+                label = prompt
+            elif prompt is not None:
                 raise ValueError(f"prompts has {prompt!r}: give a text, a class label or None.")
-            labels.append(prompt if is_label else null)
-            fixed.append(self.read([prompt if isinstance(prompt, str) else ""], "prompts")[0])
+            labels.append(label)
+            fixed.append(self.read([text], "prompts")[0])
         return torch.stack(fixed), None if null is None else torch.tensor(labels)
 
     @torch.no_grad()
@@ -185,9 +189,10 @@ class SequencePipeline(DiffusionPipeline):
 
     def _logits(self, x: Tensor, t: Tensor, labels: Tensor | None, scale: float) -> Tensor:
         time = t.expand(len(x))
-        if labels is None or scale <= 1:
+        null = self.classes
+        if labels is None or null is None or scale <= 1:
             return self.denoiser(x, time, labels, return_dict=False)[0]
-        none = torch.full_like(labels, self.classes)
+        none = torch.full_like(labels, null)
         both = self.denoiser(
             torch.cat([x, x]), time.repeat(2), torch.cat([labels, none]), return_dict=False
         )[0]
