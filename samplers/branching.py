@@ -127,8 +127,14 @@ def levels(branch: Branch, pilot: int, plan: Plan) -> tuple[int, ...]:
     if isinstance(branch, str):
         shares = LEVELS if branch == "auto" else EVEN
         steps = sorted({round(share * plan.steps) for share in shares} - {plan.steps})
-        steps = tuple(i for i in steps if plan.stochastic[i:].any())
+        # where all walks start from one state, the root above its nodes is that state already
+        steps = tuple(i for i in steps if plan.stochastic[i:].any() and (i or plan.varied))
         return chosen(steps, plan.steps, USUAL) if branch == "auto" and not pilot else steps
+    if branch[:1] == (0,) and not plan.varied:
+        raise ValueError(
+            f"branch={branch!r}: every walk of this chain starts from one state, where the tree's "
+            "root branches already: leave step 0 out."
+        )
     for before, i in zip((-1, *branch), branch, strict=False):
         if not before < i < plan.steps:
             raise ValueError(

@@ -117,6 +117,7 @@ class Plan:
     budget: Budget
     reuses: bool = True  # is a look's row the first row of any walk from there? (not when guided)
     turns: bool = True  # are prior draws Gaussian, so that a turned one is another?
+    varied: bool = True  # do prior draws differ? A masked chain starts from one state
 
     @property
     def steps(self) -> int:

@@ -95,10 +95,17 @@ class Engine:
         cost = self.network.rows
         if self.bending is not None:
             cost = torch.where(self._bends, cost * self.bending.factor, cost)
-        key = torch.zeros(1, dtype=torch.int64, device=self.model.device)
-        turns = self.model.process.prior(key).is_floating_point()  # tokens are not
+        prior = self.model.process.prior(torch.arange(16, device=self.model.device))
         return Plan(
-            cost, self.network.rows, self._stochastic, lam, seed, budget, self._reuses, turns
+            cost,
+            self.network.rows,
+            self._stochastic,
+            lam,
+            seed,
+            budget,
+            self._reuses,
+            turns=prior.is_floating_point(),  # tokens are not
+            varied=bool((prior != prior[:1]).any()),
         )
 
     def run(

@@ -100,6 +100,18 @@ class Result:
         return [_pictures(frames) for frames in self.items]
 
     @property
+    def texts(self) -> list[str]:
+        """K sequences as texts, in the order of `rewards`.
+
+        Raises:
+            TypeError: items that are no sequences.
+        """
+        write = self._engine.model.write
+        if write is None:
+            raise TypeError("items of this model are no sequences: use .items.")
+        return write(self.items)
+
+    @property
     def best(self) -> int:
         """Index of the item with the highest reward."""
         if not self.distinct:
@@ -210,12 +222,15 @@ def decode(engine: Engine, ids: Tensor, finished: Tensor) -> Tensor:
     parts = []
     for chunk in torch.arange(len(ids)).split(engine.settings.batch):
         x = engine.states(ids[chunk].tolist())
-        for k, c in enumerate(chunk.tolist()):
-            entry = engine.entry[int(ids[c])]
-            if not finished[c] and entry in engine.clean:
-                x[k] = engine.clean.get([entry])[0].to(x)
         with torch.no_grad():
-            parts.append(torch.as_tensor(engine.model.decode(x)).cpu())
+            items = torch.as_tensor(engine.model.decode(x))
+            for k, c in enumerate(chunk.tolist()):
+                entry = engine.entry[int(ids[c])]
+                if not finished[c] and entry in engine.clean:
+                    # of its own: a guess of tokens is another kind of tensor than a state
+                    guess = engine.clean.get([entry]).to(x.device)
+                    items[k] = torch.as_tensor(engine.model.decode(guess))[0]
+            parts.append(items.cpu())
         engine.ledger.decodes += len(chunk)
     return torch.cat(parts)
 

@@ -81,8 +81,9 @@ class Process(Protocol):
 class Reward(Protocol):
     """`(items, prompts) -> [N]`, higher is better. Any such callable is a reward.
 
-    Items are what `Model.decode` returns: images [N, C, H, W] float32 in [0, 1]. A reward that is
-    differentiable in its items says so with an attribute `differentiable = True`.
+    Items are what `Model.decode` returns: images [N, C, H, W] float32 in [0, 1]; of sequences
+    weights over K tokens [N, L, K], one-hot but for guesses, which are probabilities. A reward that
+    is differentiable in its items says so with an attribute `differentiable = True`.
     """
 
     def __call__(self, items: Any, prompts: Sequence[Any]) -> Tensor | Sequence[float]: ...
@@ -193,9 +194,11 @@ class Model:
         denoiser: guesses the clean end.
         process: the chain.
         decode: clean states [N, *D] -> items (images [N, C, H, W] in [0, 1]); default: as they are.
+            Of tokens it also takes guesses, log-probabilities [N, L, K].
         preview: the same, rough and quick, for guesses on the way; None is `decode`.
         encode: images [N, C, H, W] in [0, 1] -> clean states [N, *D] float32, what `decode` undoes,
             differentiable; None where there is no way back.
+        write: items -> their N texts, where items are sequences.
         prompts: R entries, what each condition asks for, handed to rewards; (None,) is nothing.
         device: where states live.
         name: for records and error messages.
@@ -209,6 +212,7 @@ class Model:
     decode: Callable[[Tensor], Any] = field(default=lambda x: x)
     preview: Callable[[Tensor], Any] | None = None
     encode: Callable[[Tensor], Tensor] | None = None
+    write: Callable[[Any], list[str]] | None = None
     prompts: tuple[Any, ...] = (None,)
     device: torch.device = torch.device("cpu")
     name: str = "model"

@@ -1,6 +1,7 @@
 """Where a tree branches: what the pilot reads off its walks and siblings."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,3 +60,11 @@ def test_levels_of_short_and_partly_silent_chains():
     assert levels((0, 6), 0, silent) == (0, 6)
     with pytest.raises(ValueError, match="no step from 7 on"):
         levels((0, 7), 0, silent)
+
+
+def test_a_chain_that_starts_from_one_state_does_not_branch_at_it():
+    masked = replace(make_plan(steps=10), varied=False)
+    assert levels("even", 0, masked) == (2, 4, 6, 8)
+    assert levels((2, 6), 0, masked) == (2, 6)
+    with pytest.raises(ValueError, match="leave step 0 out"):
+        levels((0, 6), 0, masked)

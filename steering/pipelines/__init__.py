@@ -27,8 +27,9 @@ FAMILIES = {
     "FluxPipeline": "flux",
     "DiTPipeline": "dit",
     "LabelPipeline": "unet2d",
+    "SequencePipeline": "sequences",
 }
-_KNOWN = ("diffusers.", "steering.models.label_pipeline")  # modules that these are from
+_KNOWN = ("diffusers.", "steering.models.")  # modules that these are from
 
 
 def from_pipeline(
@@ -60,7 +61,7 @@ def from_pipeline(
     Args:
         pipe: a diffusers pipeline.
         prompts: texts, or class labels for a class-conditional model; R of them. None for
-            unconditional models.
+            unconditional models. For sequences also texts whose characters are kept.
         steps: T, on the grid that the pipeline sets on its own scheduler.
         eta: share of new noise in each step, 0..1; 0 is the pipeline's deterministic chain. None:
             the scheduler's own stochastic kernel where it has one (DDPM, LCM, TCD), else 1, because
