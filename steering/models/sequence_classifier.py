@@ -1,4 +1,4 @@
-"""A small classifier of DNA sequences: a judge, and a differentiable reward."""
+"""A small classifier of sequences, DNA or text: a judge, and a differentiable reward."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.nn.functional import gelu, max_pool1d, one_hot
 class SequenceClassifier(nn.Module):
     """Convolutions that read motifs, blocks of dilated ones that see how they lie together.
 
-    Both strands are read: the logits are the mean of those of the sequence and of its reverse
-    complement, so that they do not depend on which strand was written down.
+    With two strands both are read: the logits are the mean of those of the sequence and of its
+    reverse complement, so that they do not depend on which strand was written down.
 
     Args:
         classes: number of classes.
@@ -20,6 +20,8 @@ class SequenceClassifier(nn.Module):
         channels: of the blocks.
         depth: number of blocks; the dilation doubles from each to the next.
         dropout: in training, of the features before the last layer.
+        tokens: K.
+        strands: 2 for DNA, whose tokens are A, C, G, T; 1 for what is read one way.
     """
 
     def __init__(
@@ -30,6 +32,8 @@ class SequenceClassifier(nn.Module):
         channels: int = 96,
         depth: int = 3,
         dropout: float = 0.3,
+        tokens: int = 4,
+        strands: int = 2,
     ) -> None:
         super().__init__()
         self.config = {
@@ -39,8 +43,10 @@ class SequenceClassifier(nn.Module):
             "channels": channels,
             "depth": depth,
             "dropout": dropout,
+            "tokens": tokens,
+            "strands": strands,
         }
-        self.read = nn.Conv1d(4, motifs, width, padding=width // 2)
+        self.read = nn.Conv1d(tokens, motifs, width, padding=width // 2)
         self.norm = nn.BatchNorm1d(motifs)
         self.narrow = nn.Conv1d(motifs, channels, 1)
         self.blocks = nn.ModuleList(_Block(channels, 2**k) for k in range(depth))
@@ -51,7 +57,7 @@ class SequenceClassifier(nn.Module):
         """Logits [N, classes].
 
         Args:
-            x: [N, L] tokens of ACGT, or [N, L, 4] their weights: one-hot, or probabilities.
+            x: [N, L] tokens, or [N, L, K] their weights: one-hot, or probabilities.
 
         Raises:
             ValueError: another shape.
@@ -59,10 +65,14 @@ class SequenceClassifier(nn.Module):
         if not x.is_floating_point():
             if x.ndim != 2:
                 raise ValueError(f"x has shape {list(x.shape)}: give tokens [N, L].")
-            x = one_hot(x.long(), 4).to(self.head.weight.dtype)
-        if x.ndim != 3 or x.shape[2] != 4:
-            raise ValueError(f"x has shape {list(x.shape)}: give weights [N, L, 4] of A, C, G, T.")
+            x = one_hot(x.long(), self.config["tokens"])
+        if x.ndim != 3 or x.shape[2] != self.config["tokens"]:
+            raise ValueError(
+                f"x has shape {list(x.shape)}: give weights [N, L, {self.config['tokens']}]."
+            )
         x = x.to(self.head.weight.dtype)
+        if self.config["strands"] == 1:
+            return self._strand(x)
         # A, C, G, T complement to T, G, C, A: flipping both axes turns the strand
         both = self._strand(torch.cat([x, x.flip(1, 2)]))
         return both.unflatten(0, (2, -1)).mean(0)
