@@ -9,6 +9,7 @@ from steering.metrics.extractors import Extractor, extractor
 from steering.metrics.frechet import FEW, Frechet, Moments, frechet
 from steering.metrics.manifold import Manifold, manifold
 from steering.metrics.mmd import MMD, cmmd, kid, mmd, within
+from steering.metrics.ngram import NGram
 
 __all__ = [
     "FEW",
@@ -18,6 +19,7 @@ __all__ = [
     "Frechet",
     "Manifold",
     "Moments",
+    "NGram",
     "cmmd",
     "diversity",
     "extractor",

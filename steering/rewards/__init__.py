@@ -6,6 +6,7 @@ has the facts: range, memory, revision of the weights, licence, paper. Learned o
 weights at the first call.
 """
 
+from steering.rewards.acceptability import Acceptability
 from steering.rewards.aesthetic import Aesthetic
 from steering.rewards.card import Card
 from steering.rewards.classifier import Classifier
@@ -20,6 +21,7 @@ from steering.rewards.pick_score import PickScore
 from steering.rewards.pil import FromPil, from_pil
 
 __all__ = [
+    "Acceptability",
     "Aesthetic",
     "Card",
     "Classifier",
