@@ -104,10 +104,9 @@ def kmer_counts(tokens: Tensor, k: int = 3) -> Tensor:
     return torch.bincount(words.flatten(), minlength=4**k)
 
 
-def kmer_correlation(tokens: Tensor, reference: Tensor, k: int = 3) -> float:
-    """Pearson correlation of the counts of words of k bases in two sets, [N, L] and [M, L]."""
-    pair = torch.stack([kmer_counts(tokens, k), kmer_counts(reference, k)]).double()
-    return float(pair.corrcoef()[0, 1])
+def kmer_correlation(counts: Tensor, reference: Tensor) -> float:
+    """Pearson correlation over words of their counts in two sets, both [4^k]."""
+    return float(torch.stack([counts, reference]).double().corrcoef()[0, 1])
 
 
 def motif_hits(tokens: Tensor, motifs: Sequence[Motif], share: float = 0.8) -> Tensor:
