@@ -16,6 +16,7 @@ from steering.rewards.frames import OverFrames
 from steering.rewards.imscore import Imscore
 from steering.rewards.jpeg import Jpeg
 from steering.rewards.judge import Judge
+from steering.rewards.log_odds import LogOdds
 from steering.rewards.measure import Measure
 from steering.rewards.pick_score import PickScore
 from steering.rewards.pil import FromPil, from_pil
@@ -32,6 +33,7 @@ __all__ = [
     "Imscore",
     "Jpeg",
     "Judge",
+    "LogOdds",
     "Measure",
     "Minimum",
     "OverFrames",

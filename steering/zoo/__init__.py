@@ -36,7 +36,7 @@ def load(
 ) -> Classifier: ...
 @overload
 def load(
-    name: Literal["text-judge"],
+    name: Literal["text-judge", "dna-reward", "dna-judge"],
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> SequenceClassifier: ...
@@ -52,8 +52,10 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
             "mnist-flow", a `LabelPipeline` (`steering.models.label_pipeline`) of the same images by
             their digit, a rectified flow; "mnist-flow-base", the same before its reflow;
             "mnist-classifier", a `Classifier` of images [N,1,28,28] in [0,1]; "text", a
-            `SequencePipeline` of 64 characters of the King James Bible; or "text-judge", a
-            `SequenceClassifier` of such texts, whose class 1 is the Bible.
+            `SequencePipeline` of 64 characters of the King James Bible; "text-judge", a
+            `SequenceClassifier` of such texts, whose class 1 is the Bible; "dna", a
+            `SequencePipeline` of 200 bases by cell type (0 GM12878, 1 HepG2, 2 K562, 3 hESCT0, 4
+            any); or "dna-reward" and "dna-judge", `SequenceClassifier`s of such sites by cell type.
         dtype: of the weights; float32 when None.
         device: where the weights go.
 
@@ -129,12 +131,12 @@ def _flow(name: str, dtype: torch.dtype | None, device: str | torch.device) -> A
     return pipe
 
 
-def _text(dtype: torch.dtype | None, device: str | torch.device) -> Any:
+def _sequences(name: str, dtype: torch.dtype | None, device: str | torch.device) -> Any:
     from steering.models.sequence_denoiser import SequenceDenoiser
     from steering.models.sequence_pipeline import SequencePipeline
     from steering.models.token_scheduler import TokenScheduler
 
-    folder = _HERE / "text"
+    folder = _HERE / name
     denoiser = SequenceDenoiser.from_pretrained(
         folder / "denoiser", torch_dtype=torch.float32, local_files_only=True
     )
@@ -150,8 +152,10 @@ def _text(dtype: torch.dtype | None, device: str | torch.device) -> Any:
     return pipe
 
 
-def _text_judge(dtype: torch.dtype | None, device: str | torch.device) -> SequenceClassifier:
-    folder = _HERE / "text-judge"
+def _sequence_classifier(
+    name: str, dtype: torch.dtype | None, device: str | torch.device
+) -> SequenceClassifier:
+    folder = _HERE / name
     model = SequenceClassifier(**json.loads((folder / "config.json").read_text()))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -169,6 +173,9 @@ _LOADERS = {
     "mnist-flow": partial(_flow, "mnist-flow"),
     "mnist-flow-base": partial(_flow, "mnist-flow-base"),
     "mnist-classifier": _mnist_classifier,
-    "text": _text,
-    "text-judge": _text_judge,
+    "text": partial(_sequences, "text"),
+    "text-judge": partial(_sequence_classifier, "text-judge"),
+    "dna": partial(_sequences, "dna"),
+    "dna-reward": partial(_sequence_classifier, "dna-reward"),
+    "dna-judge": partial(_sequence_classifier, "dna-judge"),
 }
