@@ -4,11 +4,12 @@
 
 The built-in text model completes three beginnings to 64 characters in 64 steps; the reward is
 log p(Bible) under the built-in judge, at most 0. A run's figure is the highest reward among all
-that it found, meant over beginnings, then as mean ± standard deviation over seeds. Beside it, over
-the 16 best of each run: the share of distinct ones among their trigrams of words, and two checks
-that nothing was steered by: bits per character under counts of characters in chapters that the
-model and its judge were not trained on, and the share of words that those chapters know. Real
-windows of other such chapters stand below, for scale.
+that it found, averaged over beginnings, then as mean ± standard deviation over seeds (of noise: all
+seeds and beginnings are conditions of one run, and share its network calls). Beside it, over the 16
+best of each run: the share of distinct ones among their trigrams of words, and two checks that
+nothing was steered by: bits per character under counts of characters in chapters that neither the
+model nor its judge was trained on, and the share of words that those chapters know. Real windows of
+other such chapters stand below, for scale.
 
 DTS* backs up the maximum, as in the published text completion, once with our widening and branch
 steps and once with the published ones: C = 2, alpha = .7, steps 64, 54, ..., 14 to go, of which
@@ -32,9 +33,8 @@ from samplers import SMC, BestOfN, TreeSearch, sample
 from samplers.core import Sampler
 from search.widen import Widening
 from steering import from_pipeline, rewards, zoo
-from steering.metrics import NGram
+from steering.zoo.evaluate_text import PROMPTS, Check, words_of
 
-PROMPTS = ("in the beginning ", "and the king ", "behold, i will ")
 STEPS, SHOWN, LAM = 64, 16, 10.0
 BRANCH = (10, 20, 30, 40, 50)
 SEARCHES: dict[str, Sampler] = {
@@ -57,35 +57,14 @@ methods and the factor in network rows between them, not the numbers."""
 
 
 @dataclass(frozen=True)
-class Check:
-    """What no search looks at."""
-
-    counts: NGram
-    words: frozenset[str]
-
-    def bits(self, text: str, skip: int) -> float:
-        """Bits per character after the first `skip`."""
-        return float(self.counts.surprise(text)[skip:].mean())
-
-    def known(self, text: str, skip: int) -> float:
-        """Share of the whole words after the first `skip` characters that are known."""
-        words = words_of(text[skip:])[:-1]  # the last one may be cut off
-        return sum(word in self.words for word in words) / max(1, len(words))
-
-
-@dataclass(frozen=True)
 class Found:
-    """One run: means over beginnings, and the best texts."""
+    """Of one seed: means over beginnings, and the best texts."""
 
     best: float
     trigrams: float
     bits: float
     known: float
     texts: list[tuple[float, str]]  # best reward and its text, by beginning
-
-
-def words_of(text: str) -> list[str]:
-    return "".join(c if c.isalpha() else " " for c in text).split()
 
 
 def distinct_trigrams(texts: list[str]) -> float:
@@ -97,29 +76,32 @@ def distinct_trigrams(texts: list[str]) -> float:
     return len(set(every)) / max(1, len(every))
 
 
-def search(model: Any, reward: Any, sampler: Sampler, nfe: int, seed: int, check: Check) -> Found:
-    """Run one search over all beginnings."""
-    run = sample(model, reward, sampler, nfe=nfe, lam=LAM, seed=seed, progress=False)
-    assert run.nfe <= nfe * len(PROMPTS)
-    texts = run.texts
-    parts = []
-    for row, prompt in enumerate(PROMPTS):
-        skip = len(prompt)
-        here = (run.rows == row).nonzero()[:, 0]
-        here = here[run.rewards[here].argsort(descending=True, stable=True)][:SHOWN].tolist()
-        best = [texts[k] for k in here]
-        assert all(text.startswith(prompt) for text in best)
-        parts.append(
-            (
-                run.rewards[here[0]].item(),
-                distinct_trigrams([text[skip:] for text in best]),
-                statistics.mean(check.bits(text, skip) for text in best),
-                statistics.mean(check.known(text, skip) for text in best),
-                best[0],
+def search(model: Any, reward: Any, sampler: Sampler, nfe: int, check: Check) -> list[Found]:
+    """Run one search for each seed and beginning, which are the conditions of one run."""
+    run = sample(model, reward, sampler, nfe=nfe, lam=LAM, progress=False)
+    assert run.nfe <= nfe * len(model.prompts)
+    texts, found = run.texts, []
+    for first in range(0, len(model.prompts), len(PROMPTS)):
+        parts = []
+        for k, prompt in enumerate(PROMPTS):
+            skip = len(prompt)
+            here = (run.rows == first + k).nonzero()[:, 0]
+            here = here[run.rewards[here].argsort(descending=True, stable=True)][:SHOWN].tolist()
+            top = [texts[j] for j in here]
+            assert all(text.startswith(prompt) for text in top)
+            parts.append(
+                (
+                    run.rewards[here[0]].item(),
+                    distinct_trigrams([text[skip:] for text in top]),
+                    statistics.mean(check.bits(text, skip) for text in top),
+                    statistics.mean(check.known(text, skip) for text in top),
+                    top[0],
+                )
             )
-        )
-    best, trigrams, bits, known = (statistics.mean(p[k] for p in parts) for k in range(4))
-    return Found(best, trigrams, bits, known, [(p[0], p[4]) for p in parts])
+        best, trigrams, bits, known = (statistics.mean(part[j] for part in parts) for j in range(4))
+        shown = [(part[0], part[4]) for part in parts]
+        found.append(Found(best, trigrams, bits, known, shown))
+    return found
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -128,10 +110,10 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def real_windows(pipe: Any, reward: Any, chapters: list[str], check: Check) -> str:
+def real_windows(pipe: Any, reward: Any, check: Check) -> str:
     """The same figures of windows of real text that start a sentence."""
     texts = []
-    for chapter in chapters:
+    for chapter in check.unseen:
         starts = [0] + [k + 2 for k in range(len(chapter)) if chapter[k : k + 2] == ". "]
         texts += [chapter[k : k + pipe.length] for k in starts if k + pipe.length <= len(chapter)]
     items = torch.nn.functional.one_hot(pipe.read(texts), len(pipe.alphabet)).float()
@@ -206,27 +188,22 @@ def main() -> None:
     seeds = args.seeds
     if args.quick:
         budgets, seeds = [256, 512], 2
-    pipe = zoo.load("text", device=args.device)
+    # half the bits, and on a CPU that has them less than half the time
+    pipe = zoo.load("text", dtype=torch.bfloat16, device=args.device)
     reward = rewards.Classifier(zoo.load("text-judge", device=args.device), [1])
-    model = from_pipeline(pipe, prompts=PROMPTS, steps=STEPS)
-    # every fourth of the chapters is what the check is looked at with, the rest what it is made of
-    chapters = zoo.held_out_text()
-    rest = [chapter for k, chapter in enumerate(chapters) if k % 4]
-    check = Check(NGram.fit(rest), frozenset(word for text in rest for word in words_of(text)))
+    model = from_pipeline(pipe, prompts=PROMPTS * seeds, steps=STEPS)
+    check = Check.load()
 
     found: dict[str, dict[int, list[Found]]] = {}
     seconds: dict[str, float] = {}
     for name, sampler in SEARCHES.items():
         began = time.process_time()
-        found[name] = {
-            nfe: [search(model, reward, sampler, nfe, seed, check) for seed in range(seeds)]
-            for nfe in budgets
-        }
+        found[name] = {nfe: search(model, reward, sampler, nfe, check) for nfe in budgets}
         seconds[name] = time.process_time() - began
         print(f"{name}: {seconds[name]:.0f} CPU seconds", flush=True)
     print(f"\n{seeds} seeds x {len(PROMPTS)} beginnings\n")
     print(table(found, seconds))
-    print("\n" + real_windows(pipe, reward, chapters[::4], check))
+    print("\n" + real_windows(pipe, reward, check))
     print(f"\nThe best of seed 0 at {budgets[-1]} rows:")
     for name, by_nfe in found.items():
         for score, text in by_nfe[budgets[-1]][0].texts:

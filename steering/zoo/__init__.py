@@ -138,7 +138,7 @@ def _sequences(name: str, dtype: torch.dtype | None, device: str | torch.device)
 
     folder = _HERE / name
     denoiser = SequenceDenoiser.from_pretrained(
-        folder / "denoiser", torch_dtype=torch.float32, local_files_only=True
+        folder / "denoiser", torch_dtype=dtype or torch.float32, local_files_only=True
     )
     index = json.loads((folder / "model_index.json").read_text())
     pipe = SequencePipeline(
@@ -147,7 +147,7 @@ def _sequences(name: str, dtype: torch.dtype | None, device: str | torch.device)
         index["alphabet"],
         index["length"],
     )
-    pipe.to(device=device, dtype=dtype)
+    pipe.to(device=device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
