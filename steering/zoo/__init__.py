@@ -17,7 +17,7 @@ from torch import Tensor
 from steering.models.classifier import Classifier
 from steering.models.sequence_classifier import SequenceClassifier
 
-__all__ = ["held_out_text", "load", "mnist_slice", "names", "reference"]
+__all__ = ["dna_words", "held_out_text", "load", "mnist_slice", "names", "reference"]
 
 _HERE = Path(__file__).parent
 _REFERENCES = ("mnist-test", "mnist-train")
@@ -89,6 +89,15 @@ def held_out_text() -> list[str]:
     return (_HERE / "text" / "held_out.txt").read_text(encoding="ascii").splitlines()
 
 
+def dna_words() -> dict[str, Tensor]:
+    """How often each word of three bases occurs in real sites, [64] int64: AAA, AAC, ... TTT.
+
+    "train", the sites of all four cell types that "dna" was trained on; "HepG2", the half of the
+    HepG2 sites of chromosomes 1 and 2, which it never saw, that has the higher signal.
+    """
+    return load_file(_HERE / "dna" / "words.safetensors")
+
+
 def mnist_slice() -> tuple[Tensor, Tensor]:
     """Images [250,28,28] uint8 and labels [250] uint8: the first 25 test images of each class."""
     arrays = load_file(_HERE / "mnist_slice.safetensors")
@@ -138,7 +147,7 @@ def _sequences(name: str, dtype: torch.dtype | None, device: str | torch.device)
 
     folder = _HERE / name
     denoiser = SequenceDenoiser.from_pretrained(
-        folder / "denoiser", torch_dtype=torch.float32, local_files_only=True
+        folder / "denoiser", torch_dtype=dtype or torch.float32, local_files_only=True
     )
     index = json.loads((folder / "model_index.json").read_text())
     pipe = SequencePipeline(
@@ -147,7 +156,7 @@ def _sequences(name: str, dtype: torch.dtype | None, device: str | torch.device)
         index["alphabet"],
         index["length"],
     )
-    pipe.to(device=device, dtype=dtype)
+    pipe.to(device=device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
