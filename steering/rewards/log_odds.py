@@ -61,7 +61,10 @@ class LogOdds(Composable):
 
     def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
         weights = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
-        logits = self.net(items if weights is None else items.to(weights.device, weights.dtype))
+        if weights is not None:
+            items = items.to(weights.device)
+            items = items.to(weights.dtype) if items.is_floating_point() else items
+        logits = self.net(items)
         if logits.ndim != 2 or logits.shape[1] <= max(self.label, 1):
             raise TypeError(
                 f"net returned shape {tuple(logits.shape)} and label={self.label}: it must return "

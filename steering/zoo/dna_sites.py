@@ -81,6 +81,18 @@ def read_sites(data: Path) -> Sites:
     )
 
 
+def held_out_halves(sites: Sites, cell: str = "HepG2") -> tuple[Sites, Sites]:
+    """The sites of one cell type on chromosomes 1 and 2: the half of higher signal, and the rest.
+
+    The signal is summed over all samples of the index: sites high up are open in many of them.
+    """
+    own = sites.of("val", "test")
+    own = own.where(own.cell == CELLS.index(cell))
+    high = torch.zeros(len(own), dtype=torch.bool)
+    high[own.signal.argsort(descending=True, stable=True)[: len(own) // 2]] = True
+    return own.where(high), own.where(~high)
+
+
 def encode(sequences: list[str]) -> Tensor:
     """[N, L] uint8 numbers of the bases of N sequences of one length over ACGT.
 

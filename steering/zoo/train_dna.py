@@ -15,13 +15,23 @@ import argparse
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from steering.metrics.sequences import kmer_counts
 from steering.models.sequence_denoiser import SequenceDenoiser
 from steering.models.sequence_pipeline import SequencePipeline
 from steering.models.token_scheduler import TokenScheduler
-from steering.zoo.dna_sites import ALPHABET, CELLS, LENGTH, read_sites, reverse_complement
+from steering.zoo.dna_sites import (
+    ALPHABET,
+    CELLS,
+    LENGTH,
+    Sites,
+    held_out_halves,
+    read_sites,
+    reverse_complement,
+)
 from steering.zoo.training import fit
 
 PEAK_LR = 3e-3
@@ -56,6 +66,13 @@ def bound(denoiser: nn.Module, x: Tensor, label: Tensor, rng: torch.Generator) -
     return (ce * masked).sum(1) / t
 
 
+def words(sites: Sites) -> dict[str, Tensor]:
+    """Counts [64] of words of three bases: of the training sites of all cell types, "train", and of
+    the half of the held-out HepG2 sites that has the higher signal, "HepG2"."""
+    high, _ = held_out_halves(sites)
+    return {"train": kmer_counts(sites.of("train").tokens), "HepG2": kmer_counts(high.tokens)}
+
+
 def train(data: Path, minutes: float, out: Path, seed: int) -> None:
     """Train for so many minutes of wall time, this and earlier starts together."""
     torch.set_num_threads(1)
@@ -64,7 +81,10 @@ def train(data: Path, minutes: float, out: Path, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         denoiser = build_denoiser()
-    sites = read_sites(data).of("train")
+    every = read_sites(data)
+    sites = every.of("train")
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(words(every), out / "words.safetensors")
 
     def loss(rows: Tensor) -> Tensor:
         x, label = sites.tokens[rows].long(), sites.cell[rows]
