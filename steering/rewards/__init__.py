@@ -18,6 +18,7 @@ from steering.rewards.judge import Judge
 from steering.rewards.measure import Measure
 from steering.rewards.pick_score import PickScore
 from steering.rewards.pil import FromPil, from_pil
+from steering.rewards.table import Table
 
 __all__ = [
     "Aesthetic",
@@ -35,5 +36,6 @@ __all__ = [
     "Product",
     "Standardized",
     "Sum",
+    "Table",
     "from_pil",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steering.models.classifier import Classifier
 
-__all__ = ["load", "mnist_slice", "names", "reference"]
+__all__ = ["load", "mnist_slice", "names", "reference", "tfbind8_scores"]
 
 _HERE = Path(__file__).parent
 _REFERENCES = ("mnist-test", "mnist-train")
@@ -43,8 +43,9 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
     Args:
         name: "mnist", an unconditional `DDIMPipeline` of images [N,1,28,28] in [-1,1];
             "mnist-flow", a `LabelPipeline` (`steering.models.label_pipeline`) of the same images by
-            their digit, a rectified flow; "mnist-flow-base", the same before its reflow; or
-            "mnist-classifier", a `Classifier` of images [N,1,28,28] in [0,1].
+            their digit, a rectified flow; "mnist-flow-base", the same before its reflow;
+            "mnist-classifier", a `Classifier` of images [N,1,28,28] in [0,1]; or "tfbind8", a
+            `SequencePipeline` (`steering.models.sequence_pipeline`) of DNA of eight bases.
         dtype: of the weights; float32 when None.
         device: where the weights go.
 
@@ -77,6 +78,17 @@ def mnist_slice() -> tuple[Tensor, Tensor]:
     """Images [250,28,28] uint8 and labels [250] uint8: the first 25 test images of each class."""
     arrays = load_file(_HERE / "mnist_slice.safetensors")
     return arrays["images"], arrays["labels"]
+
+
+def tfbind8_scores() -> Tensor:
+    """How strongly SIX6 binds every DNA sequence of eight bases: [4] * 8 float32 in [0, 1].
+
+    Measured E-scores, of which the least is 0 here and the greatest 1; bases in the order ACGT.
+    `steering.rewards.Table` makes a reward of them.
+    """
+    e_score = load_file(_HERE / "tfbind8" / "scores.safetensors")["e_score"]
+    low, high = e_score.aminmax()
+    return ((e_score - low) / (high - low)).view((4,) * 8)
 
 
 def _mnist(dtype: torch.dtype | None, device: str | torch.device) -> Any:
@@ -115,6 +127,26 @@ def _flow(name: str, dtype: torch.dtype | None, device: str | torch.device) -> A
     return pipe
 
 
+def _sequences(name: str, dtype: torch.dtype | None, device: str | torch.device) -> Any:
+    from steering.models.sequence_denoiser import SequenceDenoiser
+    from steering.models.sequence_pipeline import SequencePipeline
+    from steering.models.token_scheduler import TokenScheduler
+
+    # by parts, as above
+    folder = _HERE / name
+    denoiser = SequenceDenoiser.from_pretrained(
+        folder / "denoiser", torch_dtype=torch.float32, local_files_only=True
+    )
+    scheduler = TokenScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    index = json.loads((folder / "model_index.json").read_text())
+    pipe = SequencePipeline(
+        denoiser.requires_grad_(False), scheduler, index["alphabet"], index["length"]
+    )
+    pipe.to(device=device, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def _mnist_classifier(dtype: torch.dtype | None, device: str | torch.device) -> Classifier:
     folder = _HERE / "mnist-classifier"
     model = Classifier(**json.loads((folder / "config.json").read_text()))
@@ -127,4 +159,5 @@ _LOADERS = {
     "mnist-flow": partial(_flow, "mnist-flow"),
     "mnist-flow-base": partial(_flow, "mnist-flow-base"),
     "mnist-classifier": _mnist_classifier,
+    "tfbind8": partial(_sequences, "tfbind8"),
 }
