@@ -36,6 +36,7 @@ from steering.rewards import (
     Standardized,
     Sum,
     from_pil,
+    from_text,
 )
 from tests.brownian import brownian, first
 from tests.exact import gaussian_chain
@@ -228,6 +229,7 @@ PARTS = {
     "imscore": (lambda: Imscore("hps"), "scorer"),
     "imscore-model": (lambda: Imscore("hpsv2.1", "/no/such/folder"), "model"),
     "from-pil": (lambda: from_pil(3), "from_pil"),
+    "from-text": (lambda: from_text(len), "model=len writes no texts"),
     "box": (lambda: operators.Box(0), "size"),
     "share": (lambda: operators.Random(1.5), "share"),
     "factor": (lambda: operators.Downsample(1.5), "factor"),

@@ -19,6 +19,7 @@ from steering.rewards.measure import Measure
 from steering.rewards.pick_score import PickScore
 from steering.rewards.pil import FromPil, from_pil
 from steering.rewards.table import Table
+from steering.rewards.text import FromText, from_text
 
 __all__ = [
     "Aesthetic",
@@ -26,6 +27,7 @@ __all__ = [
     "Classifier",
     "ClipScore",
     "FromPil",
+    "FromText",
     "Imscore",
     "Jpeg",
     "Judge",
@@ -38,4 +40,5 @@ __all__ = [
     "Sum",
     "Table",
     "from_pil",
+    "from_text",
 ]
