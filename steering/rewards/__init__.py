@@ -20,6 +20,7 @@ from steering.rewards.log_odds import LogOdds
 from steering.rewards.measure import Measure
 from steering.rewards.pick_score import PickScore
 from steering.rewards.pil import FromPil, from_pil
+from steering.rewards.table import Table
 from steering.rewards.text import FromText, from_text
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Product",
     "Standardized",
     "Sum",
+    "Table",
     "from_pil",
     "from_text",
 ]

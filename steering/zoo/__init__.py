@@ -17,7 +17,15 @@ from torch import Tensor
 from steering.models.classifier import Classifier
 from steering.models.sequence_classifier import SequenceClassifier
 
-__all__ = ["dna_words", "held_out_text", "load", "mnist_slice", "names", "reference"]
+__all__ = [
+    "dna_words",
+    "held_out_text",
+    "load",
+    "mnist_slice",
+    "names",
+    "reference",
+    "tfbind8_scores",
+]
 
 _HERE = Path(__file__).parent
 _REFERENCES = ("mnist-test", "mnist-train")
@@ -51,11 +59,12 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
         name: "mnist", an unconditional `DDIMPipeline` of images [N,1,28,28] in [-1,1];
             "mnist-flow", a `LabelPipeline` (`steering.models.label_pipeline`) of the same images by
             their digit, a rectified flow; "mnist-flow-base", the same before its reflow;
-            "mnist-classifier", a `Classifier` of images [N,1,28,28] in [0,1]; "text", a
-            `SequencePipeline` of 64 characters of the King James Bible; "text-judge", a
-            `SequenceClassifier` of such texts, whose class 1 is the Bible; "dna", a
-            `SequencePipeline` of 200 bases by cell type (0 GM12878, 1 HepG2, 2 K562, 3 hESCT0, 4
-            any); or "dna-reward" and "dna-judge", `SequenceClassifier`s of such sites by cell type.
+            "mnist-classifier", a `Classifier` of images [N,1,28,28] in [0,1]; "tfbind8", a
+            `SequencePipeline` (`steering.models.sequence_pipeline`) of eight bases of DNA; "text",
+            one of 64 characters of the King James Bible; "text-judge", a `SequenceClassifier` of
+            such texts, whose class 1 is the Bible; "dna", a `SequencePipeline` of 200 bases by cell
+            type (0 GM12878, 1 HepG2, 2 K562, 3 hESCT0, 4 any); or "dna-reward" and "dna-judge",
+            `SequenceClassifier`s of such sites by cell type.
         dtype: of the weights; float32 when None.
         device: where the weights go.
 
@@ -102,6 +111,17 @@ def mnist_slice() -> tuple[Tensor, Tensor]:
     """Images [250,28,28] uint8 and labels [250] uint8: the first 25 test images of each class."""
     arrays = load_file(_HERE / "mnist_slice.safetensors")
     return arrays["images"], arrays["labels"]
+
+
+def tfbind8_scores() -> Tensor:
+    """How strongly SIX6 binds every DNA sequence of eight bases: [4] * 8 float32 in [0, 1].
+
+    Measured E-scores, of which the least is 0 here and the greatest 1; bases in the order ACGT.
+    `steering.rewards.Table` makes a reward of them.
+    """
+    e_score = load_file(_HERE / "tfbind8" / "scores.safetensors")["e_score"]
+    low, high = e_score.aminmax()
+    return ((e_score - low) / (high - low)).view((4,) * 8)
 
 
 def _mnist(dtype: torch.dtype | None, device: str | torch.device) -> Any:
@@ -182,6 +202,7 @@ _LOADERS = {
     "mnist-flow": partial(_flow, "mnist-flow"),
     "mnist-flow-base": partial(_flow, "mnist-flow-base"),
     "mnist-classifier": _mnist_classifier,
+    "tfbind8": partial(_sequences, "tfbind8"),
     "text": partial(_sequences, "text"),
     "text-judge": partial(_sequence_classifier, "text-judge"),
     "dna": partial(_sequences, "dna"),
