@@ -6,6 +6,7 @@ has the facts: range, memory, revision of the weights, licence, paper. Learned o
 weights at the first call.
 """
 
+from steering.rewards.additive import Additive
 from steering.rewards.aesthetic import Aesthetic
 from steering.rewards.card import Card
 from steering.rewards.classifier import Classifier
@@ -21,6 +22,7 @@ from steering.rewards.pil import FromPil, from_pil
 from steering.rewards.text import FromText, from_text
 
 __all__ = [
+    "Additive",
     "Aesthetic",
     "Card",
     "Classifier",
