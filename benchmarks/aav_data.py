@@ -83,7 +83,9 @@ class Library:
         """S [N] of tokens [N, L]."""
         return total(self.packaging, x)
 
-    def draw(self, n: int, rng: torch.Generator, tilt: Tensor | float = 0.0) -> tuple[Tensor, float]:
+    def draw(
+        self, n: int, rng: torch.Generator, tilt: Tensor | float = 0.0
+    ) -> tuple[Tensor, float]:
         """n exact draws [n, L] of p(x) · exp(Σ_l tilt_l[x_l]), and an estimate of the logarithm of
         Σ_x Π lib · min(1, 2^S) · exp(tilt).
 
