@@ -7,6 +7,7 @@ weights at the first call.
 """
 
 from steering.rewards.acceptability import Acceptability
+from steering.rewards.additive import Additive
 from steering.rewards.aesthetic import Aesthetic
 from steering.rewards.card import Card
 from steering.rewards.classifier import Classifier
@@ -25,6 +26,7 @@ from steering.rewards.text import FromText, from_text
 
 __all__ = [
     "Acceptability",
+    "Additive",
     "Aesthetic",
     "Card",
     "Classifier",
