@@ -16,7 +16,7 @@ from steering.finetune import path_kl as estimated_path_kl
 from steering.models.sequence_pipeline import SequencePipeline
 from steering.rewards import Table
 from tests.exact.estimates import average
-from tests.exact.masked import guesses, index_of, masked_law, path_kl, tabulated, tokens_of
+from tests.exact.masked import index_of, masked_law, path_kl, tabulated, tokens_of
 
 FOLDER = Path(zoo.__file__).parent / "tfbind8"
 

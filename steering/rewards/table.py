@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from steering.digest import digest
 from steering.rewards.card import Card
 from steering.rewards.compose import Composable
 
@@ -59,8 +58,7 @@ class Table(Composable):
     @cached_property
     def name(self) -> str:
         """For tables, and for records: other values have another name."""
-        told = self.values.detach().cpu().double().contiguous().numpy().tobytes()
-        return f"table #{hashlib.blake2b(told, digest_size=4).hexdigest()}"
+        return f"table #{digest(self.values)}"
 
     @property
     def card(self) -> Card:
