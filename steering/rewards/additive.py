@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering.digest import digest
 from steering.rewards.card import Card
 from steering.rewards.compose import Composable
 
@@ -45,8 +45,7 @@ class Additive(Composable):
     @cached_property
     def name(self) -> str:
         """For tables, and for records: other effects have another name."""
-        told = self.effects.detach().cpu().double().contiguous().numpy().tobytes()
-        return f"additive #{hashlib.blake2b(told, digest_size=4).hexdigest()}"
+        return f"additive #{digest(self.effects)}"
 
     @property
     def card(self) -> Card:

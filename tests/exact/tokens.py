@@ -73,10 +73,9 @@ def _chosen(p: Tensor, states: Tensor) -> Tensor:
     return p[:, torch.arange(states.shape[1]), states].prod(-1)
 
 
-def noise(process: TokenProcess, i: int) -> Tensor:
-    """[K, V] float64 q(x_i = v | clean), of a site at step i; its columns, at a masked chain, up to
-    a factor where the level is 1 and no token is left."""
-    K, m = process.tokens, float(process.level[i])
+def noise(process: TokenProcess, m: float) -> Tensor:
+    """[K, V] float64 q(x_i = v | clean) of a site, at level m."""
+    K = process.tokens
     token = torch.eye(K, dtype=torch.float64)
     if isinstance(process, MaskedProcess):
         return torch.cat([(1 - m) * token, torch.full((K, 1), m, dtype=torch.float64)], 1)
@@ -85,7 +84,9 @@ def noise(process: TokenProcess, i: int) -> Tensor:
 
 def noised_law(process: TokenProcess, data: Tensor, i: int) -> Tensor:
     """[V^L] float64 law at step i of the forward process, of a law of data [K^L]."""
-    q = noise(process, i)[every(process.tokens, process.length)]  # [K^L, L, V]
+    q = noise(process, float(process.level[i]))[
+        every(process.tokens, process.length)
+    ]  # [K^L, L, V]
     return data @ _chosen(q, every(process.states, process.length))
 
 
@@ -94,8 +95,9 @@ def posterior(process: TokenProcess, data: Tensor) -> Tensor:
     clean, states = every(process.tokens, process.length), every(process.states, process.length)
     tables = []
     for i in range(process.steps):
-        # a masked chain's guess does not depend on the level: step 0 would see no token at all
-        q = noise(process, max(i, 1) if isinstance(process, MaskedProcess) else i)
+        # a masked chain's guess is the same at every level where there are both masks and tokens
+        m = 0.5 if isinstance(process, MaskedProcess) else float(process.level[i])
+        q = noise(process, m)
         joint = _chosen(q[clean], states).T * data  # [V^L, K^L]
         share = joint / joint.sum(1, keepdim=True)
         hot = one_hot(clean, process.tokens).double()
@@ -124,7 +126,7 @@ def token_chain(
         process = MaskedProcess.of(sites, tokens, steps, schedule, remask=remask)
     else:
         process = UniformProcess.of(sites, tokens, steps, schedule)
-    data = (1.5 * torch.randn(tokens**sites, generator=random, dtype=torch.float64)).softmax(0)
+    data = (torch.randn(tokens**sites, generator=random, dtype=torch.float64)).softmax(0)
     exact = posterior(process, data)
     off = astray * torch.randn(exact.shape, generator=random, dtype=torch.float64)
     guess = exact * off.exp()
