@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -114,14 +115,15 @@ class Bench:
         self.reward = Additive(self.effects.float())
         if not (work / "model" / "model_index.json").exists():
             train(self.library, sizes.training, work / "model")
+        self._pipes: dict[float | None, SequencePipeline] = {}
         self.plain = self.model(1)
 
     def pipe(self, alpha: float | None = None) -> SequencePipeline:
         """The model, or what DRAKES made of it."""
-        folder = self.work / "model" if alpha is None else self.tuned(alpha)
-        pipe = SequencePipeline.from_pretrained(folder)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        if alpha not in self._pipes:
+            folder = self.work / "model" if alpha is None else self.tuned(alpha)
+            self._pipes[alpha] = SequencePipeline.from_pretrained(folder)
+        return self._pipes[alpha]
 
     def model(self, conditions: int, alpha: float | None = None) -> Any:
         """The chain of it; all conditions are alike."""
@@ -353,7 +355,7 @@ def summary(lines: list[Method], found: dict[str, Any], bench: Bench) -> dict[st
             o["reward"][0] >= found[t]["reward"][0] and o[key][0] >= found[t][key][0]
             for o in alone)]  # fmt: skip
         print(f"reward against {key}: of {len(both)} points of DRAKES + DTS {len(kept)} are "
-              f"outdone by no point of DRAKES or DTS alone: {', '.join(kept) or 'none'}")  # fmt: skip
+              f"outdone by none of DRAKES or DTS alone: {', '.join(kept) or 'none'}")  # fmt: skip
         figures[f"DRAKES + DTS not outdone, {key}"] = kept
     return figures
 
@@ -400,9 +402,10 @@ def main() -> None:
     args = parser.parse_args()
     sizes = Sizes()
     if args.quick:
-        sizes = Sizes(seeds=1, samples=16, share=8, training=60, updates=2, batch=8)
+        sizes = Sizes(seeds=1, samples=16, share=8, training=150, updates=2, batch=8)
         args.work = args.work.with_name(args.work.name + "-quick")
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     header()
     bench = Bench(args.data, args.work, sizes)
     print(f"judge: correlation {bench.agreement:.2f} with the measurements in the window")

@@ -55,7 +55,7 @@ def train(library: Library, steps: int, out: Path, seed: int = 0) -> SequencePip
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=PEAK_LR, weight_decay=1e-3, fused=True)
     began, losses = time.process_time(), []
     for step in range(steps):
-        warm = min(1.0, (step + 1) / 100)
+        warm = min(1.0, (step + 1) / min(100, max(1, steps // 10)))
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
         x = library.draw(BATCH, rng)[0]
