@@ -17,7 +17,7 @@ from steering.guidance import (
 from steering.pipelines import from_pipeline
 
 if TYPE_CHECKING:
-    from steering import cfg, editing, guidance, metrics, operators, rewards, zoo
+    from steering import cfg, editing, finetune, guidance, metrics, operators, rewards, zoo
     from steering.editing import FlowChefEdit, flow_edit
     from steering.pipelines.masked_lm import from_masked_lm
     from steering.pipelines.steered import steer
@@ -35,6 +35,7 @@ __all__ = [
     "Twist",
     "cfg",
     "editing",
+    "finetune",
     "flow_edit",
     "from_masked_lm",
     "from_pipeline",

@@ -23,6 +23,7 @@ from samplers import (
 from search.widen import Widening
 from steering import DPS, FlowDPS, FreeDoM, Model, from_pipeline, measure, operators, zoo
 from steering.rewards import (
+    Acceptability,
     Aesthetic,
     Classifier,
     ClipScore,
@@ -225,6 +226,8 @@ PARTS = {
     "pick-dtype-whole": (lambda: PickScore(dtype=torch.int8), "dtype"),
     "aesthetic-head": (lambda: Aesthetic(head="head.pth"), "head"),
     "aesthetic-head-missing": (lambda: Aesthetic(head="./head.safetensors"), "head"),
+    "acceptability-label": (lambda: Acceptability(label=-1), "label"),
+    "acceptability-write": (lambda: Acceptability("text"), "write"),
     "offload": (lambda: ClipScore(offload="yes"), "offload"),
     "imscore": (lambda: Imscore("hps"), "scorer"),
     "imscore-model": (lambda: Imscore("hpsv2.1", "/no/such/folder"), "model"),

@@ -11,7 +11,7 @@ from steering import from_masked_lm
 from steering.discrete import cosine
 from steering.pipelines.masked_lm import Vocabulary
 from steering.rewards import from_text
-from tests.exact.tokens import law, unmasking_law
+from tests.exact.token_laws import law, unmasking_law
 from tests.tiny.parts import lively
 
 SPECIAL = {"pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]", "sep_token": "[SEP]"}
