@@ -22,7 +22,7 @@ from steering.discrete import UniformProcess
 from steering.pipelines.llada2 import BlockProcess
 from steering.rewards import Jpeg, from_text
 from tests import tiny_pipelines
-from tests.exact.tokens import law, unmasking_law
+from tests.exact.token_laws import law, unmasking_law
 from tests.test_masked_lm import tokenizer
 from tests.tiny.parts import clip, lively
 from tests.tiny_pipelines import quiet
