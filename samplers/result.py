@@ -86,6 +86,8 @@ class Result:
         Raises:
             TypeError: items that are neither images nor clips: use `items`.
         """
+        if self._engine.model.write is not None:
+            raise TypeError("items of this model are sequences, no images: use .texts.")
         return _pictures(middle_frame(self.items))
 
     @property

@@ -207,10 +207,17 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
 def _settings(named: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is plain among attributes: numbers, texts, and lists and mappings of them."""
     return sorted(
-        (name, repr(dict(value) if isinstance(value, Mapping) else value))
+        (name, repr(_as_saved(value)))
         for name, value in named.items()
         if not name.startswith("_") and name not in _NO_MATTER and _plain(value)
     )
+
+
+def _as_saved(value: Any) -> Any:
+    """A plain value as JSON gives it back: a pipeline that was saved is the same one."""
+    if isinstance(value, (list, tuple)):
+        return [*map(_as_saved, value)]
+    return {k: _as_saved(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _plain(value: Any) -> bool:
