@@ -57,9 +57,9 @@ def test_moved_and_turned_proteins_are_the_same():
     here = net(x, coordinates=atoms).logits
     moved = atoms @ rotation().T + torch.tensor([100.0, -50.0, 20.0])
     there = net(x, coordinates=moved).logits
-    # float32 holds a coordinate near 100 Å to 4e-6 Å; features slope by about 1 per Å, and six
-    # layers of this width pass on a hundred-fold of it at most
-    assert (here - there).abs().max() < 1e-3 * here.std()
+    # float32 holds a coordinate near 100 Å to 4e-6 Å, and features slope by about 1 per Å; 25-fold
+    # for what the layers make of it
+    assert (here - there).abs().max() < 1e-4 * here.std()
     mirror = net(x, coordinates=atoms * torch.tensor([1.0, 1.0, -1.0])).logits
     assert (here - mirror).abs().max() > 0.1 * here.std()
 
@@ -173,18 +173,17 @@ def pdb_of(residues):
 
 def test_a_pdb_file_is_read():
     text = pdb_of([("MET", "A", "5 "), ("GLY", "A", "5A"), ("LYS", "A", "6 "), ("TRP", "B", "1 ")])
-    lines = text.splitlines()
-    lines.insert(6, record(99, "N", "ALA", "A", "5A", (9, 9, 9), alternative="B"))  # before the GLY
-    lines[5:7] = lines[6:4:-1]  # ... and after it: the second place is left out
+    lines: list[str] = list(text.splitlines())
+    lines.insert(6, record(99, "N", "ALA", "A", "5A", (9, 9, 9), alternative="B"))  # a second place
     lines.append(record(100, "N", "ALA", "B", "2 ", (0, 0, 0)))  # not resolved any further
     lines.append(record(101, "CA", "HOH", "B", "3 ", (0, 0, 0), kind="HETATM"))
     lines += ["ENDMDL", record(102, "N", "VAL", "C", "1 ", (0, 0, 0))]
-    lines[5], lines[6] = lines[6], lines[5]
     b = read_pdb("\n".join(["HEADER    TEST", *lines]), "mine")
     assert (b.name, b.sequence, len(b)) == ("mine", "MGKW", 4)
     assert b.residue.tolist() == [5, 6, 7, 1]
     assert b.chain.tolist() == [0, 0, 0, 1]
     assert b.coordinates.shape == (4, 4, 3)
+    assert b.coordinates[1, 0].tolist() == [5, -2.5, 0.125]
     assert b.coordinates[2].tolist() == [[k, -k / 2, 0.125] for k in (10, 11, 12, 13)]
     assert read_pdb("\n".join(lines), chains="B").sequence == "W"
     with pytest.raises(ValueError, match="chains 'Z'"):
