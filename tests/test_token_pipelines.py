@@ -233,11 +233,15 @@ def test_texts_are_what_is_written_up_to_the_end():
 
 
 def test_a_tail_beyond_the_text_is_not_looked_at():
-    model = blocks(llada2(), call={"gen_length": 2, "block_length": 2})  # a ? | ? -
-    x = torch.tensor([[0, 1, 5, 5], [0, 1, 5, 5]])
-    x[1, 3] = 2
-    guess = model.denoiser(x, torch.full((2,), 0.5), torch.zeros(2).long())
-    assert guess[0].equal(guess[1])
+    pipe = llada2()
+    model = blocks(pipe, call={"gen_length": 2, "block_length": 2})  # a ? | ? -
+    x = model.denoiser.fixed.clone()
+    x[0, 1:3] = torch.tensor([1, 5])  # the mask is the last token, of 6
+    guess = model.denoiser(x, torch.tensor([0.5]), torch.zeros(1).long())
+    kept = [k for k in range(6) if k != pipe.mask_token_id]
+    ids = torch.tensor([[*(kept[k] for k in x[0, :2]), pipe.mask_token_id]])
+    alone = pipe.model(ids, torch.ones(1, 3), torch.arange(3)[None]).logits[0, 2, kept]
+    torch.testing.assert_close(guess[0, 2], alone.log_softmax(-1))
 
 
 def test_noising_of_blocks_has_the_marginals_of_its_steps():
