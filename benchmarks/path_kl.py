@@ -23,7 +23,7 @@ from steering.finetune import path_kl
 from steering.finetune.drakes import Paths
 from steering.finetune.path_kl import published_kl
 from steering.noise import child_key, root_key
-from tests.exact.tokens import enumerated, token_chain
+from tests.exact.smooth_tokens import enumerated, token_chain
 
 CHAINS = [  # kind, schedule, sites, tokens, steps
     ("masked", "loglinear", 2, 3, 3),

@@ -15,6 +15,7 @@ from samplers.ledger import Ledger
 from samplers.network import Network
 from samplers.scoring import PROGRAMMING, OnError
 from steering.core import Guidance, Model, Step
+from steering.discrete import TokenProcess
 from steering.guidance.bend import check_acts
 from steering.guidance.scoring import WrongShapeError, score
 from steering.noise import root_key
@@ -28,7 +29,6 @@ class Bent:
     """N guided steps taken."""
 
     x: Tensor  # [N, *D] the next states
-    clean: Tensor  # [N, *D] the guesses they were made from
     log_ratio: Tensor  # [N] float64, log p - log q; nan where failed
     failed: Tensor  # [N] bool
 
@@ -67,7 +67,7 @@ class Bending:
 
     def check(self) -> None:
         """What the guidance asks of the model; and one step without the network, of a state that
-        stands in for its own clean guess.
+        stands in for its own clean guess (for tokens, one that leans to them).
 
         Raises:
             TypeError, ValueError: a reward of the wrong shape or without gradient; a guidance that
@@ -82,8 +82,14 @@ class Bending:
         key = root_key(0, torch.zeros(1, dtype=torch.int64, device=self._model.device))
         x = process.prior(key)
         i, row = torch.full_like(key, first), torch.zeros(1, dtype=torch.int64)
+
+        def stand_in(x: Tensor, i: Tensor, row: Tensor) -> Tensor:
+            if not isinstance(process, TokenProcess):
+                return x
+            return process.weights(x)[..., : process.tokens].log_softmax(-1)
+
         try:
-            self._propose(x, i, row, key, 1.0, lambda x, i, row: x)
+            self._propose(x, i, row, key, 1.0, stand_in)
         except (*PROGRAMMING, ValueError):
             raise
         except Exception:
@@ -143,7 +149,7 @@ class Bending:
                 bent = _lost(x[take])
             self._charge(requests[take], row[take], at[take], before, paid=known is not None)
             parts.append(bent)
-        names = ("x", "clean", "log_ratio", "failed")
+        names = ("x", "log_ratio", "failed")
         return Bent(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
 
     def _bend(self, x, at, row, key, lam: float, known: Tensor | None) -> Bent:
@@ -165,7 +171,7 @@ class Bending:
                 raise ValueError(f"{type(self.guidance).__name__}: {_BROKEN}.")
             self._note(_BROKEN)
         ratio = torch.where(failed, torch.nan, ratio.detach().cpu())
-        return Bent(moved.detach(), proposal.clean.detach(), ratio, failed)
+        return Bent(moved.detach(), ratio, failed)
 
     def _propose(self, x, i, row, key, lam: float, denoise: Denoise):
         model = self._model
@@ -208,4 +214,4 @@ class Bending:
 def _lost(x: Tensor) -> Bent:
     """A particle whose reward raised: it stays where it is, and has failed."""
     nan = torch.full((len(x),), math.nan, dtype=torch.float64)
-    return Bent(x, x, nan, torch.ones(len(x), dtype=torch.bool))
+    return Bent(x, nan, torch.ones(len(x), dtype=torch.bool))

@@ -362,10 +362,10 @@ class Engine:
         clean = self._move(requests, flight.x[:n], at, looking, flight.keys_at(at))
         seen = looking.nonzero().flatten().tolist()
         if seen:
-            self.clean.put([requests[k].entry for k in seen], clean[seen])
+            self.clean.put([requests[k].entry for k in seen], clean)
             looked = [requests[k] for k in seen]
             self.store.put([r.entry for r in looked], flight.x[seen])
-            scorer.submit(looked, clean[seen], [r.row for r in looked], guess=True)
+            scorer.submit(looked, clean, [r.row for r in looked], guess=True)
         ended = []
         steps = self.model.process.steps
         for k, r in enumerate(requests):
@@ -392,8 +392,8 @@ class Engine:
         key: Tensor,
         known: Tensor | None = None,
     ) -> Tensor:
-        """Take a step from x [n, *D], in place, but for walks that are only `looking` [n]; the
-        clean guesses [n, *D], which are `known` where they have been paid for."""
+        """Take a step from x [n, *D], in place, but for the k walks that are only `looking` [n],
+        whose clean guesses [k, *D] come back. Those in `known` [n, *D] have been paid for."""
         row = torch.tensor([r.row for r in requests])
         bent = torch.zeros_like(looking)
         if self.bending is not None:
@@ -401,15 +401,19 @@ class Engine:
             bent = ~(looking | lost) & self._bends[at.clamp(max=self.model.process.steps - 1)]
         if not bent.any():
             return self._plain(requests, x, at, row, looking, key, known)
-        clean = torch.empty_like(x)
-        for some, take in ((~bent, self._plain), (bent, self._bent)):
+        clean = x[:0]
+        for some in (~bent, bent):
             here = some.nonzero().flatten()
             if not len(here):
                 continue
             pick = here.to(x.device)
             part, states = [requests[k] for k in here.tolist()], x[pick]
             guesses = None if known is None else known[pick]
-            clean[pick] = take(part, states, at[here], row[here], looking[here], key[pick], guesses)
+            if some is bent:
+                self._bent(part, states, at[here], row[here], key[pick], guesses)
+            else:
+                look = looking[here]
+                clean = self._plain(part, states, at[here], row[here], look, key[pick], guesses)
             x[pick] = states
         return clean
 
@@ -425,9 +429,9 @@ class Engine:
         sub = slice(None) if len(walking) == len(x) else walking.to(x.device)
         transition = self.model.process.transition(x[sub], i[sub], clean[sub])
         x[sub] = transition.sample(key[sub])
-        return clean
+        return clean[looking.nonzero().flatten().to(x.device)]
 
-    def _bent(self, requests, x, at, row, looking, key, known: Tensor | None) -> Tensor:
+    def _bent(self, requests, x, at, row, key, known: Tensor | None) -> None:
         """`_move` by the guidance, of walks none of which is only looking."""
         assert self.bending is not None
         found = self.bending(requests, x, at, row, key, self._lam, known)
@@ -437,7 +441,6 @@ class Engine:
         for r, log_ratio, failed in columns:
             r.log_ratio += log_ratio if weighed else 0.0
             r.failed |= failed
-        return found.clean
 
     # --- what ends -----------------------------------------------------------------------------
 

@@ -51,7 +51,8 @@ class Network:
         t = self._model.process.time(i)
         parts, done = [], 0
         on_cpu = x.device.type == "cpu"
-        least = 16 if on_cpu and 16 * x[0].numel() <= _CPU_NUMBERS else 1  # rows that cost little
+        said = x[0].numel() * getattr(self._model.process, "tokens", 1)  # numbers in a guess
+        least = 16 if on_cpu and 16 * said <= _CPU_NUMBERS else 1  # rows that cost little
         fits = self.at_once(x)
         while done < len(x):
             size = min(len(x) - done, self._largest, self._memory, fits)

@@ -86,6 +86,8 @@ class Result:
         Raises:
             TypeError: items that are neither images nor clips: use `items`.
         """
+        if self.written:
+            raise TypeError("items of this model are sequences, no images: use .texts.")
         return _pictures(middle_frame(self.items))
 
     @property
@@ -112,6 +114,11 @@ class Result:
         return write(self.items)
 
     @property
+    def written(self) -> bool:
+        """Are items sequences, which `texts` has?"""
+        return self._engine.model.write is not None
+
+    @property
     def best(self) -> int:
         """Index of the item with the highest reward."""
         if not self.distinct:
@@ -122,10 +129,12 @@ class Result:
         """Kept states [N, *D] of handles, for instance of a tree's nodes."""
         return self._engine.states(ids.tolist())
 
-    def thumbnails(self, ids: Tensor) -> Tensor:
+    def thumbnails(self, ids: Tensor) -> Tensor | list[str]:
         """[N, ...] decoded items of handles [N], inner nodes as they are, on the CPU; of clips the
-        middle frames."""
-        return middle_frame(decode(self._engine, ids, torch.ones(len(ids), dtype=torch.bool)))
+        middle frames, of sequences their N texts."""
+        items = decode(self._engine, ids, torch.ones(len(ids), dtype=torch.bool))
+        write = self._engine.model.write
+        return middle_frame(items) if write is None else write(items)
 
     def save(self, folder: str | Path) -> None:
         """Write the record of the run: a journal and its states; `samplers.load` reads it, and what

@@ -19,6 +19,7 @@ from steering.pipelines import from_pipeline
 if TYPE_CHECKING:
     from steering import cfg, editing, finetune, guidance, metrics, operators, rewards, zoo
     from steering.editing import FlowChefEdit, flow_edit
+    from steering.pipelines.masked_lm import from_masked_lm
     from steering.pipelines.steered import steer
     from steering.rewards.measure import measure
 
@@ -36,6 +37,7 @@ __all__ = [
     "editing",
     "finetune",
     "flow_edit",
+    "from_masked_lm",
     "from_pipeline",
     "guidance",
     "jacobian_cosine",
@@ -51,6 +53,7 @@ __all__ = [
 _FUNCTIONS = {
     "FlowChefEdit": "steering.editing",
     "flow_edit": "steering.editing",
+    "from_masked_lm": "steering.pipelines.masked_lm",
     "measure": "steering.rewards.measure",
     "steer": "steering.pipelines.steered",
 }

@@ -100,8 +100,11 @@ class CategoricalTransition:
         return apart.sum(1)
 
     def tilted(self, shift: Tensor) -> CategoricalTransition:
-        """The law of z times exp(shift) [N, L, V], normalised anew."""
-        return replace(self, log_probs=(self.log_probs + shift).log_softmax(-1))
+        """The law of z times exp(shift) [N, L, V], normalised anew; what was impossible stays so,
+        however large its shift."""
+        possible = self.log_probs > NEVER / 2
+        log_probs = torch.where(possible, self.log_probs + shift, NEVER).log_softmax(-1)
+        return replace(self, log_probs=log_probs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +182,17 @@ class TokenProcess:
     def transition(self, x: Tensor, i: Tensor, clean: Tensor) -> CategoricalTransition:
         raise NotImplementedError
 
+    def expected(self, x: Tensor, i: Tensor, clean: Tensor, value: Tensor) -> Tensor:
+        """What each next token says of the clean one: [N, L, V] E[value_c | x, x' = v].
+
+        Args:
+            x: [N, L] tokens.
+            i: [N] steps.
+            clean: [N, L, K] log-probabilities of the clean tokens c.
+            value: [N, L, K] of each of them.
+        """
+        raise NotImplementedError
+
     def weights(self, x: Tensor) -> Tensor:
         """[N, L, V] float32 weights over tokens of states x, hard or relaxed."""
         return x if x.is_floating_point() else one_hot(x, self.states).float()
@@ -239,6 +253,10 @@ class MaskedProcess(TokenProcess):
         masked = (x == self.tokens)[..., None]
         return CategoricalTransition(torch.where(masked, moves, _log(back)))
 
+    def expected(self, x: Tensor, i: Tensor, clean: Tensor, value: Tensor) -> Tensor:
+        """A token is the clean one, and the mask says nothing."""
+        return torch.cat([value, (clean.exp() * value).sum(-1, keepdim=True)], -1)
+
     @property
     def mask_weights(self) -> Tensor:
         """[K + 1] the mask as weights over tokens."""
@@ -271,17 +289,28 @@ class UniformProcess(TokenProcess):
 
     def transition(self, x: Tensor, i: Tensor, clean: Tensor) -> CategoricalTransition:
         """Law of the states at i + 1; x is [N, L], or [N, L, K] relaxed: a mixture of laws."""
+        reached = self._reached(x, i, clean.double().exp())
+        return CategoricalTransition(_log(reached).float().log_softmax(-1))
+
+    def expected(self, x: Tensor, i: Tensor, clean: Tensor, value: Tensor) -> Tensor:
+        """By Bayes' rule: clean_c · q(x' | x, c), normalised over c, is what x' = v leaves of c."""
+        p = clean.double().exp()
+        known = self._reached(x, i, p * value) / self._reached(x, i, p).clamp(min=1e-300)
+        return known.to(value)
+
+    def _reached(self, x: Tensor, i: Tensor, p: Tensor) -> Tensor:
+        """Σ_c p_c q(x' | x, c) [N, L, K] float64 at each x', for weights p [N, L, K] of clean
+        tokens."""
         K, here = self.tokens, self.weights(x).double()
         m, after = self.level[i][:, None, None], self.level[i + 1][:, None, None]
-        p = clean.double().exp()
         alone, same = m / K, 1 - m + m / K  # q(x | c) where c is another token, and where it is x
         apart = here * (1 / same - 1 / alone) + 1 / alone  # [N, L, K] 1 / q(x | c), averaged over x
-        total = (p * apart).sum(-1, keepdim=True)  # Σ_c clean_c / q(x | c), averaged over x
+        total = (p * apart).sum(-1, keepdim=True)  # Σ_c p_c / q(x | c), averaged over x
         stays = (1 - m) / (1 - after)  # of what is left at the next level, that is left now
-        from_here = (1 - p) / alone + p / same  # [N, L, K] Σ_c clean_c / q(x | c), for x this token
+        # [N, L, K] Σ_c p_c / q(x | c), for x this token
+        from_here = (p.sum(-1, keepdim=True) - p) / alone + p / same
         reached = stays * here * ((1 - after) * p / same + after / K * from_here)
-        reached = reached + (1 - stays) / K * ((1 - after) * p * apart + after / K * total)
-        return CategoricalTransition(_log(reached).float().log_softmax(-1))
+        return reached + (1 - stays) / K * ((1 - after) * p * apart + after / K * total)
 
 
 def subs(x: Tensor, log_p: Tensor) -> Tensor:

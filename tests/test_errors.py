@@ -23,6 +23,7 @@ from samplers import (
 from search.widen import Widening
 from steering import DPS, FlowDPS, FreeDoM, Model, from_pipeline, measure, operators, zoo
 from steering.rewards import (
+    Acceptability,
     Aesthetic,
     Classifier,
     ClipScore,
@@ -36,6 +37,7 @@ from steering.rewards import (
     Standardized,
     Sum,
     from_pil,
+    from_text,
 )
 from tests.brownian import brownian, first
 from tests.exact import gaussian_chain
@@ -224,10 +226,13 @@ PARTS = {
     "pick-dtype-whole": (lambda: PickScore(dtype=torch.int8), "dtype"),
     "aesthetic-head": (lambda: Aesthetic(head="head.pth"), "head"),
     "aesthetic-head-missing": (lambda: Aesthetic(head="./head.safetensors"), "head"),
+    "acceptability-label": (lambda: Acceptability(label=-1), "label"),
+    "acceptability-write": (lambda: Acceptability("text"), "write"),
     "offload": (lambda: ClipScore(offload="yes"), "offload"),
     "imscore": (lambda: Imscore("hps"), "scorer"),
     "imscore-model": (lambda: Imscore("hpsv2.1", "/no/such/folder"), "model"),
     "from-pil": (lambda: from_pil(3), "from_pil"),
+    "from-text": (lambda: from_text(len), "model=len writes no texts"),
     "box": (lambda: operators.Box(0), "size"),
     "share": (lambda: operators.Random(1.5), "share"),
     "factor": (lambda: operators.Downsample(1.5), "factor"),

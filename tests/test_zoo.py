@@ -8,10 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 from steering import zoo
 from steering.metrics import Moments, frechet
+from steering.models.sequence_classifier import log_odds
 from steering.zoo import evaluate, evaluate_flow
+from steering.zoo.dna_sites import CELLS, encode
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "steering" / "zoo"
@@ -203,3 +206,55 @@ def test_a_straight_flow_has_straightness_zero():
 
     found = evaluate_flow.straightness(Straight(), *evaluate_flow.start(3, seed=0))
     assert found == pytest.approx(0, abs=1e-10)  # float32 rounding, squared
+
+
+# --- DNA --------------------------------------------------------------------------------------
+
+# what is bound in liver cells, by HNF4A and HNF1A, and in cells of blood, by GATA1
+LIVER = ("CAAAGTCCA", "GTTAATGATTAAC", "TGGACTTTG")
+BLOOD = ("AGATAAG", "CTTATCT", "TGATAAGA")
+
+
+def planted(words, n, seed):
+    """[n, 200] tokens: random bases with the words at random places."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randint(4, (n, 200), generator=rng)
+    for row in x:
+        for k, word in enumerate(words):
+            at = int(torch.randint(20, (), generator=rng)) + 40 + 40 * k
+            row[at : at + len(word)] = encode([word])[0].long()
+    return x
+
+
+@pytest.mark.parametrize("name", ["dna-reward", "dna-judge"])
+def test_dna_classifiers_tell_liver_from_blood(name):
+    net = zoo.load(name)
+    with torch.inference_mode():
+        liver, blood = (net(planted(w, 64, k)) for k, w in enumerate((LIVER, BLOOD)))
+    hepg2, k562 = (CELLS.index(c) for c in ("HepG2", "K562"))
+    assert (liver[:, hepg2] - liver[:, k562]).mean() > (blood[:, hepg2] - blood[:, k562]).mean() + 1
+    # bases as weights are read as tokens are
+    x = planted(LIVER, 2, 5)
+    torch.testing.assert_close(net(one_hot(x, 4).float()), net(x))
+
+
+def test_dna_model_writes_bases_by_cell_type():
+    pipe = zoo.load("dna")
+    assert (pipe.alphabet, pipe.length, pipe.classes) == ("ACGT", 200, len(CELLS))
+    rng = torch.Generator().manual_seed(0)
+    drawn = [
+        pipe([label] * 24, num_inference_steps=12, generator=rng, output_type="pt").sequences
+        for label in (CELLS.index("HepG2"), CELLS.index("K562"))
+    ]
+    with torch.inference_mode():
+        odds = [log_odds(zoo.load("dna-judge")(x), CELLS.index("HepG2")).mean() for x in drawn]
+    assert odds[0] > odds[1] + 0.5
+
+
+def test_dna_words_are_of_real_sites():
+    words = zoo.dna_words()
+    # 198 words to a site: 39,254 sites were trained on; 2,135 HepG2 sites are held out, one half
+    assert words["train"].sum() == 39_254 * 198
+    assert words["HepG2"].sum() == 1_067 * 198
+    # CpG is rare in genomes: ACG, CCG, GCG and TCG are fewer than AGC, CGC, GGC and TGC
+    assert words["train"][6::16].sum() < words["train"][9::16].sum()

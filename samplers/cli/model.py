@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="text, or class label; repeatable: each gets the whole budget",
+        help="text, or class label; for sequences a text to keep, _ where it is free; repeatable: "
+        "each gets the whole budget",
     )
     group.add_argument(
         "--prompts", type=Path, metavar="FILE", help="prompts, one a line, besides any --prompt"
@@ -140,9 +142,8 @@ def _pipeline(given: argparse.Namespace) -> Any:
     if given.quiet:
         logging.disable_progress_bar()
         of_transformers.disable_progress_bar()
-    pipe: Any = DiffusionPipeline.from_pretrained(
-        given.model, use_safetensors=True, torch_dtype=kind
-    )
+    loader: Any = _ours(Path(given.model)) or DiffusionPipeline
+    pipe: Any = loader.from_pretrained(given.model, use_safetensors=True, torch_dtype=kind)
     if given.lora is not None:
         if not hasattr(pipe, "load_lora_weights"):
             raise ValueError(f"--lora: a {type(pipe).__name__} takes no LoRA.")
@@ -151,6 +152,21 @@ def _pipeline(given: argparse.Namespace) -> Any:
         pipe.enable_model_cpu_offload(device=given.device)
         return pipe
     return pipe.to(given.device)
+
+
+def _ours(folder: Path) -> Any:
+    """The class of a folder's pipeline where it is one that diffusers does not know."""
+    index = folder / "model_index.json"
+    name = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index.is_file() else None
+    if name == "SequencePipeline":
+        from steering.models.sequence_pipeline import SequencePipeline
+
+        return SequencePipeline
+    if name == "LabelPipeline":
+        from steering.models.label_pipeline import LabelPipeline
+
+        return LabelPipeline
+    return None
 
 
 def _preview(given: argparse.Namespace, pipe: Any) -> Any:
@@ -189,9 +205,12 @@ def _lines(path: Path) -> list[str]:
 
 
 def _prompts(flag: str, given: list[str], pipe: Any) -> list[Any] | None:
-    """Texts; class labels for a pipeline that reads no text."""
+    """Texts; class labels for a pipeline that reads no text, or whose numbers are labels."""
     if not given:
         return None
+    if hasattr(pipe, "alphabet"):
+        labelled = pipe.classes is not None
+        return [int(text) if labelled and text.isdecimal() else text for text in given]
     if hasattr(pipe, "tokenizer"):
         return given
     if not all(text.isdecimal() for text in given):

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Draws from p(image) * exp(lam * reward(image)), p being the model, and writes "
         "a grid\nof the draws, each draw, the search tree (open tree.html in a browser),\n"
-        "result.json and the record of the run.\n"
+        "result.json and the record of the run; of sequences draws.txt instead of images.\n"
         "Asked again with the same arguments, an interrupted run goes on where it stopped;\n"
         "with a larger --nfe or --reward-calls, a finished one does.",
         epilog=sampler_help(),
@@ -33,7 +33,8 @@ def add(commands: Any) -> None:
         required=True,
         metavar="REWARD",
         help="classifier:0,2,4 (log-probability of these digits), pair:4,9 (both at once), "
-        "jpeg[:QUALITY] (minus kilobytes), clip, pickscore, aesthetic, imagereward, hpsv2 or "
+        "jpeg[:QUALITY] (minus kilobytes), tfbind8, dna:CLASS or bible (sequences, of the built-in "
+        "models), clip, pickscore, aesthetic, imagereward, hpsv2 or "
         "cyclereward (learned; [:MODEL], a hub id or folder), judge:MODULE:FUNCTION (yours, images "
         "and prompts -> texts, each a number 0 to 10), MODULE:FUNCTION (your own Python, run as it "
         "is), or a sum such as '0.7*classifier:8+0.3*jpeg'",

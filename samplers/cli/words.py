@@ -70,8 +70,8 @@ def sampler_words(sampler: Any) -> list[str]:
 
 
 def parse_reward(text: str, device: str, offload: bool = False) -> Any:
-    """`classifier:4,9`, `pair:4,9`, `jpeg`, a learned reward by its name, `judge:module:function`,
-    `module:function`, or a sum `0.7*A + 0.3*B` of them."""
+    """`classifier:4,9`, `pair:4,9`, `jpeg`, `tfbind8`, `dna:1`, `bible`, a learned reward by its
+    name, `judge:module:function`, `module:function`, or a sum `0.7*A + 0.3*B` of them."""
     terms = []
     for part in text.split("+"):
         weight, star, name = part.strip().rpartition("*")
@@ -96,6 +96,14 @@ def _one_reward(text: str, device: str, offload: bool) -> Any:
         if name == "classifier":
             return rewards.Classifier(net, classes)
         return len(classes) * rewards.Minimum(tuple(rewards.Classifier(net, [c]) for c in classes))
+    if text == "tfbind8":
+        return rewards.Table(zoo.tfbind8_scores().to(device))
+    if name == "dna" and rest:
+        if not rest.isdecimal():
+            raise ValueError(f"class {rest!r}: give 0 to 3, as in dna:1.")
+        return rewards.LogOdds(zoo.load("dna-reward", device=device), int(rest))
+    if text == "bible":
+        return rewards.LogOdds(zoo.load("text-judge", device=device), 1)
     if name == "jpeg":
         return rewards.Jpeg(int(rest)) if rest else rewards.Jpeg()
     if name in _LEARNED:
@@ -105,7 +113,8 @@ def _one_reward(text: str, device: str, offload: bool) -> Any:
         return rewards.Judge(own_function(module, function), name=f"judge {function}")
     if not rest:
         raise ValueError(
-            f"no reward {text!r}: give classifier:CLASSES, pair:CLASSES, jpeg[:QUALITY], "
+            f"no reward {text!r}: give classifier:CLASSES, pair:CLASSES, jpeg[:QUALITY], tfbind8, "
+            "dna:CLASS, bible, "
             f"{', '.join(_LEARNED)}, judge:MODULE:FUNCTION or MODULE:FUNCTION of your own."
         )
     try:
@@ -115,7 +124,7 @@ def _one_reward(text: str, device: str, offload: bool) -> Any:
             raise
         raise ValueError(
             f"there is no module {name!r} here, and no reward of this name: there are classifier, "
-            f"pair, jpeg, {', '.join(_LEARNED)} and judge."
+            f"pair, jpeg, tfbind8, dna, bible, {', '.join(_LEARNED)} and judge."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A result as files: pictures, one image per draw, and an account in JSON."""
+"""A result as files: pictures, one image per draw or all texts, and an account in JSON."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ _FRAME_MS = 125  # of a clip
 
 
 def write_files(result: Result, folder: Path, settings: dict[str, Any]) -> list[Path]:
-    """Write grid.png, images/, tree.png, tree.html, strip.png, curve.png and result.json.
+    """Write grid.png, images/, tree.png, tree.html, strip.png, curve.png and result.json; of
+    sequences draws.txt, tree.png, tree.html, curve.png and result.json.
 
     Args:
-        result: items must be images or clips; pictures show clips by their middle frames.
+        result: items must be images, clips or sequences; pictures show clips by their middle
+            frames.
         folder: made if missing; files of the same name are replaced.
         settings: how the run was asked for, kept in result.json as it is given.
 
@@ -35,13 +37,15 @@ def write_files(result: Result, folder: Path, settings: dict[str, Any]) -> list[
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "result.json"]
-    if result.distinct:
+    if result.distinct and result.written:
+        written.append(_texts(result, folder / "draws.txt"))
+    elif result.distinct:
         written += [draws_picture(result, folder / "grid.png"), _images(result, folder / "images")]
     if any(map(math.isfinite, result.history.reward)):
         written.append(folder / "curve.png")
         curve(result.history).save(written[-1])
     written += trees(result, folder)
-    if result.tree is not None and result.distinct:
+    if result.tree is not None and result.distinct and not result.written:
         written.append(folder / "strip.png")
         strip(result, result.best).save(written[-1])
     (folder / "result.json").write_text(
@@ -91,6 +95,7 @@ def account(result: Result) -> dict[str, Any]:
         **columns,
         "finished": result.finished,
         **{f"also: {k}": v for k, v in result.also.items()},
+        **({"texts": result.texts} if result.written and result.distinct else {}),
     }
     return _plain(
         {
@@ -108,6 +113,19 @@ def account(result: Result) -> dict[str, Any]:
             "draws": draws,
         }
     )
+
+
+def _texts(result: Result, path: Path) -> Path:
+    """All draws as FASTA has them: a line about each, then its text."""
+    columns = zip(
+        result.texts, result.rewards.tolist(), result.counts.tolist(), result.prompts, strict=True
+    )
+    lines = []
+    for k, (text, reward, count, prompt) in enumerate(columns):
+        asked = "" if prompt is None else f" prompt={prompt!r}"
+        lines += [f">{k:04d} reward={reward:.6g} count={count}{asked}", text]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def _images(result: Result, folder: Path) -> Path:

@@ -12,7 +12,8 @@ from torch import Tensor
 from steering.rewards.pil import to_pil
 
 Colour = tuple[int, int, int]
-Thumbnails = Callable[[Tensor], Sequence[Image.Image] | Tensor]  # of the states of handles [N]
+# of the states of handles [N]: images, or texts where items are sequences
+Thumbnails = Callable[[Tensor], Sequence[Image.Image] | Sequence[str] | Tensor]
 
 INK: Colour = (38, 38, 42)
 FAINT: Colour = (140, 140, 148)
@@ -81,12 +82,14 @@ def pictures(images: Sequence[Image.Image] | Tensor) -> list[Image.Image]:
     return to_pil(images) if isinstance(images, Tensor) else list(images)
 
 
-def kept(thumbnails: Thumbnails, handles: Tensor) -> list[Image.Image | None]:
-    """Images of handles [N]; None for a state that was let go, whose handle raises KeyError."""
+def kept(thumbnails: Thumbnails, handles: Tensor) -> list[Any]:
+    """Images, or texts, of handles [N]; None for a state that was let go, whose handle raises
+    KeyError."""
     if not len(handles):
         return []
     try:
-        return [*pictures(thumbnails(handles))]
+        found: Any = thumbnails(handles)
+        return pictures(found)
     except KeyError:  # halves find out whose: those of one step went together
         if len(handles) == 1:
             return [None]

@@ -21,6 +21,7 @@ _PAGE = Path(__file__).with_name("page.html")
 _SLOT = "__DATA__"
 _MOST, _SIDE = 256, 96  # thumbnails in a page, over all its trees; longest side in pixels
 _BYTES = 2_000_000  # of all thumbnails as text; the least important are left out beyond
+_LETTERS = 500  # of a sequence that are shown
 
 
 def tree_page(
@@ -35,12 +36,13 @@ def tree_page(
     Noise is on the left, data on the right; colour is a node's value, width its visits, and in each
     branch the best leaf is on top. A slider replays the tree in the order in which it was planted.
     The 256 most important nodes get thumbnails, of at most 96 pixels and 2 MB together: the ways to
-    the best leaves, then the most visited. All others are dots.
+    the best leaves, then the most visited. All others are dots. So are sequences: the texts of
+    those nodes are read by pointing at them.
 
     Args:
         tree: `result.tree`.
-        thumbnails: handles [N] int64 -> N images, for instance `result.thumbnails`; a node whose
-            handle raises KeyError, because its state was let go, is a dot. None: all are.
+        thumbnails: handles [N] int64 -> N images or texts, for instance `result.thumbnails`; a node
+            whose handle raises KeyError, because its state was let go, is a dot. None: all are.
         prompts: what each of the R conditions asks for; empty numbers them.
         title: one line above.
 
@@ -51,16 +53,19 @@ def tree_page(
     if len(prompts) not in (0, conditions):
         raise ValueError(f"{len(prompts)} prompts for {conditions} trees: give one each, or none.")
     names = prompts or [f"condition {r}" if conditions > 1 else "" for r in range(conditions)]
-    images, chosen = _thumbnails(tree, thumbnails, max(1, _MOST // conditions))
+    found = _found(tree, thumbnails, max(1, _MOST // conditions))
+    images, pictures = _distinct({n: _uri(x) for n, x in found.items() if not isinstance(x, str)})
+    texts, readings = _distinct({n: x[:_LETTERS] for n, x in found.items() if isinstance(x, str)})
     data = {
         "title": title,
         "lam": _short(tree.lam),
         "palette": VIRIDIS,
         "images": images,
+        "texts": texts,
         "trees": [
             {
                 "prompt": "" if name is None else str(name),
-                **_columns(tree, (tree.row == r).nonzero()[:, 0], chosen),
+                **_columns(tree, (tree.row == r).nonzero()[:, 0], pictures, readings),
             }
             for r, name in enumerate(names)
         ],
@@ -76,15 +81,18 @@ def _inert(data: Any) -> str:
     return text
 
 
-def _columns(tree: Tree, index: Tensor, chosen: dict[int, int]) -> dict[str, list]:
+def _columns(
+    tree: Tree, index: Tensor, pictures: dict[int, int], readings: dict[int, int]
+) -> dict[str, list]:
     """One tree [n], nodes in the order in which they were planted; numbers not finite are null."""
     local = torch.full((len(tree.parent) + 1,), -1)
     local[index] = torch.arange(len(index))
     return {
         "parent": local[tree.parent[index]].tolist(),  # a root's parent, -1, is the last: -1
         "failed": tree.failed[index].nonzero()[:, 0].tolist(),
-        # [[node, image]], the most important first
-        "pictures": [[int(local[n]), k] for n, k in chosen.items() if local[n] >= 0],
+        # [[node, image]], the most important first; and [[node, text]]
+        "pictures": [[int(local[n]), k] for n, k in pictures.items() if local[n] >= 0],
+        "readings": [[int(local[n]), k] for n, k in readings.items() if local[n] >= 0],
         **{name: getattr(tree, name)[index].tolist() for name in ("step", "handle", "visits")},
         **{
             name: [_short(x) for x in getattr(tree, name)[index].tolist()]
@@ -98,31 +106,30 @@ def _short(x: float) -> float | None:
     return float(f"{x:.6g}") if math.isfinite(x) else None
 
 
-def _thumbnails(
-    tree: Tree, thumbnails: Thumbnails | None, most: int
-) -> tuple[list[str], dict[int, int]]:
-    """Distinct images as data URIs, and which of them each node shows, important nodes first."""
-    images: dict[str, int] = {}
-    chosen: dict[int, int] = {}
+def _found(tree: Tree, thumbnails: Thumbnails | None, most: int) -> dict[int, Any]:
+    """The image or text of each node that has one, important nodes first."""
     if thumbnails is None:
-        return [], {}
+        return {}
     ranks = [_important(tree, r, most) for r in range(len(tree.ended))]
     nodes = [n for k in range(most) for rank in ranks for n in rank[k : k + 1]]
     # states of one step are let go together, so that whole runs of them are missing or not
     asked = sorted(nodes, key=lambda n: int(tree.step[n]))
     handles = tree.handle[torch.tensor(asked, dtype=torch.int64)]
     found = dict(zip(asked, kept(thumbnails, handles), strict=True))
+    return {n: found[n] for n in nodes if found[n] is not None}
+
+
+def _distinct(texts: dict[int, str]) -> tuple[list[str], dict[int, int]]:
+    """Distinct texts, up to a limit of their size, and which of them each node shows."""
+    all_: dict[str, int] = {}
+    chosen: dict[int, int] = {}
     size = 0
-    for n in nodes:
-        image = found[n]
-        if image is None:
-            continue
-        uri = _uri(image)
-        size += 0 if uri in images else len(uri)
+    for n, text in texts.items():
+        size += 0 if text in all_ else len(text)
         if size > _BYTES:
             break
-        chosen[n] = images.setdefault(uri, len(images))
-    return list(images), chosen
+        chosen[n] = all_.setdefault(text, len(all_))
+    return list(all_), chosen
 
 
 def _important(tree: Tree, condition: int, most: int) -> list[int]:

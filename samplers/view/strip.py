@@ -17,13 +17,16 @@ def strip(result: Result, index: int = 0) -> Image.Image:
     the steps between and where a pilot found that branching does not pay are not there.
 
     Args:
-        result: of a tree sampler; items must be images.
+        result: of a tree sampler; items must be images or clips.
         index: which of the items, as in `result.images`.
 
     Raises:
         ValueError: the sampler grew no tree, or there is no such item.
+        TypeError: items are sequences.
     """
     tree = result.tree
+    if result.written:
+        raise TypeError("items of this model are sequences, no images: use .texts.")
     if tree is None:
         raise ValueError("the result has no tree: TreeSampling and TreeSearch keep the ways.")
     if not 0 <= index < result.distinct:

@@ -34,7 +34,8 @@ def tree_picture(
     Args:
         tree: `result.tree`.
         thumbnails: handles [N] int64 -> N images, for instance `result.thumbnails`; a node whose
-            handle raises KeyError, because its state was let go, is a dot. None: all are.
+            handle raises KeyError, because its state was let go, is a dot. None: all are, and so
+            are sequences.
         condition: which of the R trees.
         leaves: at most so many are drawn.
         size: side of a thumbnail in pixels.
@@ -63,7 +64,7 @@ def tree_picture(
         images = {
             n: fit(image, size * _SCALE)
             for n, image in zip(nodes, found, strict=True)
-            if image is not None
+            if isinstance(image, Image.Image)  # a text, too, is a dot
         }
 
     pitch, gap = size + _TEXT + 14, max(2 * size, 84)

@@ -104,7 +104,7 @@ def gaussian(step: Step) -> GaussianProcess:
     if not isinstance(step.process, GaussianProcess):
         raise TypeError(
             f"this guidance moves states of a Gaussian chain, and the model's is a "
-            f"{type(step.process).__name__}."
+            f"{type(step.process).__name__}: Twist bends steps of tokens too."
         )
     return step.process
 
@@ -179,28 +179,39 @@ def shifted(step: Step, clean: Tensor, shift: Tensor, failed: Tensor) -> Proposa
 
 
 # what a guidance makes of particles that it acts on, and of their clean guesses where the network
-# is not differentiated: (clean [K, *D], shift of the next states [K, *D], failed [K])
+# is not differentiated: (clean [K, *D], shift [K, *D] of the next states, or [K, L, V] of the
+# log-probabilities of tokens, failed [K])
 Act = Callable[[Step, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
 def bent_within(window: Window, step: Step, act: Act, *, differentiates: bool) -> Proposal:
-    """The kernel bent by `act` for particles inside a window, and the model's own for the others.
+    """The kernel bent by `act` for particles inside a window, and the model's own elsewhere."""
+    gaussian(step)
+    return shifted(step, *acted(window, step, act, differentiates=differentiates))
+
+
+def acted(
+    window: Window, step: Step, act: Act, *, differentiates: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `act` makes of particles inside a window: clean guesses, shifts, and which have failed,
+    of all; the others, which the model moves alone, have shift 0.
 
     Without the network's gradient all particles share one call of it.
     """
-    process = gaussian(step)
-    active = inside(window, step.i, process.steps)
+    active = inside(window, step.i, step.process.steps)
     pick, rest = active.nonzero().flatten(), (~active).nonzero().flatten()
-    shift, failed = torch.zeros_like(step.x), torch.zeros_like(active)
-    if not differentiates:
+    failed = torch.zeros_like(active)
+    if not len(pick):
+        return step.denoise(step.x, step.i, step.row), torch.zeros(()), failed
+    if differentiates:
+        clean, moved, failed[pick] = act(part(step, pick), None)
+        if len(rest):
+            still = part(step, rest)
+            guess = step.denoise(still.x, still.i, still.row)
+            clean = torch.cat([clean, guess])[torch.cat([pick, rest]).argsort()]
+    else:
         clean = step.denoise(step.x, step.i, step.row)
-        if len(pick):
-            _, shift[pick], failed[pick] = act(part(step, pick), clean[pick])
-        return shifted(step, clean, shift, failed)
-    clean = torch.empty_like(step.x)
-    if len(rest):
-        still = part(step, rest)
-        clean[rest] = step.denoise(still.x, still.i, still.row)
-    if len(pick):
-        clean[pick], shift[pick], failed[pick] = act(part(step, pick), None)
-    return shifted(step, clean, shift, failed)
+        _, moved, failed[pick] = act(part(step, pick), clean[pick])
+    shift = moved.new_zeros(len(step), *moved.shape[1:])
+    shift[pick] = moved
+    return clean, shift, failed

@@ -52,6 +52,7 @@ def jacobian_cosine(
 
     Raises:
         ValueError: no samples; steps off the chain.
+        TypeError: a model of tokens.
     """
     Model.check(model)
     total = model.process.steps
@@ -63,6 +64,11 @@ def jacobian_cosine(
     row = torch.arange(samples) % len(model.prompts)
     key = child_key(root_key(seed, row), torch.arange(samples)).to(model.device)
     x = model.process.prior(key)
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{model.name} is a model of tokens, whose two gradients cannot be compared: compare "
+            "the ESS of runs with Twist(jacobian='skip') and 'full'."
+        )
     found: dict[int, Tensor] = {}
     for at in range(max(asked) + 1):
         i = torch.full_like(key, at)

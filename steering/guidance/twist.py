@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steering.core import Proposal, Step
+from steering.discrete import TokenProcess
 from steering.gaussian import over_data
 from steering.guidance.bend import (
     Jacobian,
@@ -22,6 +23,7 @@ from steering.guidance.bend import (
     through_network,
 )
 from steering.guidance.rules import check_step
+from steering.guidance.tokens import gains_at_guess, gains_through_network, tilted_within
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,17 @@ class Twist:
 
     jacobian="skip" takes ∇_x r(c(x)) ≈ alpha / (alpha² + sigma²) · ∇_c r(c), which is right for
     data of unit variance, and bounded at every level: the weights correct for the rest.
+
+    Steps of tokens are tilted, site by site, by what each token is worth to first order:
+
+        p(x'_l = v) · exp(step · λ · β' · G[l, v]), normalised
+
+    jacobian="skip" takes G[l, v] = Σ_c ∂r/∂p[l, c] · (P(c | x, x'_l = v) - p[l, c]): what the guess
+    p gains when the site's next token is known, by Bayes' rule. That is exact where one site is
+    left and the reward is linear in it; in a masked chain a token v gains ∂r/∂p[l, v] less its
+    mean, and the mask nothing. jacobian="full" takes G[l, v] = ∂r/∂x[l, v] - ∂r/∂x[l, x_l] of
+    relaxed states x (arXiv 2406.01572): it knows what a token says of other sites, but extends to a
+    whole token what holds for a part of it.
 
     One network row a step, differentiated unless the Jacobian is skipped.
 
@@ -50,7 +63,8 @@ class Twist:
 
     Papers: Wu et al., "Practical and asymptotically exact conditional sampling in diffusion
     models", arXiv 2306.17775; Kim et al., "Test-time alignment of diffusion models without reward
-    over-optimization", arXiv 2501.05803.
+    over-optimization", arXiv 2501.05803; Nisonoff et al., "Unlocking guidance for discrete
+    state-space diffusion and flow models", arXiv 2406.01572.
     """
 
     reward: Any = None
@@ -77,12 +91,22 @@ class Twist:
         return torch.ones_like(i)
 
     def propose(self, step: Step) -> Proposal:
+        if isinstance(step.process, TokenProcess):
+            return tilted_within(self.window, step, self._tilt, differentiates=self.differentiates)
         return bent_within(self.window, step, self._act, differentiates=self.differentiates)
+
+    def _strength(self, step: Step) -> Tensor:
+        """[N] float64: how much the reward counts, step · λ · β'."""
+        share = tempered(self.tempering, step.i + 1, step.process.steps)
+        return self.step * step.lam * share
+
+    def _tilt(self, step: Step, clean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        at = gains_through_network(step) if clean is None else gains_at_guess(step, clean)
+        return at.clean, self._strength(step).float()[:, None, None] * at.gradient, at.failed
 
     def _act(self, step: Step, clean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         process = gaussian(step)
-        length = self.step * step.lam * process.kernel.std[step.i].square()
-        length = length * tempered(self.tempering, step.i + 1, process.steps)
+        length = self._strength(step) * process.kernel.std[step.i].square()
         if clean is None:
             at = through_network(step)
         else:

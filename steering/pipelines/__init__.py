@@ -28,6 +28,19 @@ FAMILIES = {
     "DiTPipeline": "dit",
     "LabelPipeline": "unet2d",
     "SequencePipeline": "sequences",
+    "AmusedPipeline": "amused",
+    "LLaDA2Pipeline": "llada2",
+}
+# chains of tokens are run on our own kernels: driven, there would be no density to weigh by
+_OF_TOKENS = ("sequences", "amused", "llada2")
+_WITH_CALL = ("llada2",)
+_REFUSED = {
+    "VQDiffusionPipeline": "its chain masks and replaces tokens at once, for which there is no "
+    "process in steering.discrete",
+    "AmusedImg2ImgPipeline": "it starts half-way from an image; AmusedPipeline is run",
+    "AmusedInpaintPipeline": "it keeps tokens of an image; AmusedPipeline is run",
+    "DiffusionGemmaPipeline": "its network remembers its own earlier guesses and text, which walks "
+    "from one state cannot share; steering.from_masked_lm takes masked language models",
 }
 _KNOWN = ("diffusers.", "steering.models.")  # modules that these are from
 
@@ -107,14 +120,20 @@ def from_pipeline(
 
 
 def _built(pipe: Any, request: Request, route: str | None) -> Model:
+    kind = _owner(pipe).__name__
+    if kind in _REFUSED:
+        raise ValueError(f"pipe is a {kind}, which cannot be steered: {_REFUSED[kind]}.")
+    native_only = FAMILIES.get(kind) in _OF_TOKENS
     if route == "driven":
+        if native_only:
+            raise ValueError(f"route='driven': a {kind} has no kernel of tokens to weigh by.")
         return driven.build(pipe, request)
     try:
         family = _family(pipe, request)
         model = import_module(f"{__name__}.{family}").build(pipe, request)
         return replace(model, about=f"native ({family})")
     except NotNativeError as error:
-        if route == "native":
+        if route == "native" or native_only:
             raise
         model = driven.build(pipe, request)
         return replace(model, about=f"{model.about}; {error}")
@@ -135,16 +154,20 @@ def _try_preview(model: Model) -> None:
 
 def _family(pipe: Any, request: Request) -> str:
     """The native family that serves a pipeline and a request; NotNativeError if none does."""
-    # a subclass that runs its family's own loop is of that family; one with its own loop is not
-    owner = next(c for c in type(pipe).__mro__ if "__call__" in vars(c) or c is object)
+    owner = _owner(pipe)
     if owner.__name__ not in FAMILIES or not owner.__module__.startswith(_KNOWN):
         raise NotNativeError(f"{type(pipe).__name__} has no native adapter")
-    if request.call:
+    if request.call and FAMILIES[owner.__name__] not in _WITH_CALL:
         raise NotNativeError(f"native adapters take no {', '.join(request.call)}")
     hooked = [name for name, part in pipe.components.items() if hasattr(part, "_hf_hook")]
     if hooked:
         raise NotNativeError(f"{', '.join(hooked)} are under offload hooks")
     return FAMILIES[owner.__name__]
+
+
+def _owner(pipe: Any) -> type:
+    """The class whose loop a pipeline runs: a subclass without one is of its parent's family."""
+    return next(c for c in type(pipe).__mro__ if "__call__" in vars(c) or c is object)
 
 
 def _scales(guidance_scale: Any) -> float | tuple[float, ...] | None:

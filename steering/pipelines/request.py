@@ -79,7 +79,7 @@ class Request:
         asked = {k: v for k, v in vars(self).items() if k not in own and v is not None}
         settings = ", ".join(f"{k}={_told(k, v)}" for k, v in asked.items())
         asked_for = f"({settings})" if settings else ""
-        return f"{type(pipe).__name__}{asked_for}#{_fingerprint({'pipe': pipe, **pipe.components})}"
+        return f"{type(pipe).__name__}{asked_for}#{fingerprint({'pipe': pipe, **pipe.components})}"
 
     def scales(self, default: float) -> Tensor:
         """[R] float32 guidance scales."""
@@ -168,7 +168,7 @@ def _told(name: str, value: Any) -> str:
     if isinstance(value, (Tensor, np.ndarray, Image.Image)):
         return "#" + digest(value)
     if isinstance(value, nn.Module):
-        return f"{type(value).__name__}#{_fingerprint({name: value})}"
+        return f"{type(value).__name__}#{fingerprint({name: value})}"
     if isinstance(value, np.generic):
         value = value.item()
     if is_dataclass(value) or isinstance(value, (str, int, float, type(None), torch.dtype)):
@@ -181,7 +181,7 @@ def _told(name: str, value: Any) -> str:
     )
 
 
-def _fingerprint(parts: Mapping[str, Any]) -> str:
+def fingerprint(parts: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits of a few numbers from every weight, and of every plain setting.
 
     Settings that are no weights change what a network says, too: the scales of adapters, FreeU.
@@ -207,10 +207,17 @@ def _fingerprint(parts: Mapping[str, Any]) -> str:
 def _settings(named: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is plain among attributes: numbers, texts, and lists and mappings of them."""
     return sorted(
-        (name, repr(dict(value) if isinstance(value, Mapping) else value))
+        (name, repr(_as_saved(value)))
         for name, value in named.items()
         if not name.startswith("_") and name not in _NO_MATTER and _plain(value)
     )
+
+
+def _as_saved(value: Any) -> Any:
+    """A plain value as JSON gives it back: a pipeline that was saved is the same one."""
+    if isinstance(value, (list, tuple)):
+        return [*map(_as_saved, value)]
+    return {k: _as_saved(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _plain(value: Any) -> bool:

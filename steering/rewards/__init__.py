@@ -6,6 +6,8 @@ has the facts: range, memory, revision of the weights, licence, paper. Learned o
 weights at the first call.
 """
 
+from steering.rewards.acceptability import Acceptability
+from steering.rewards.additive import Additive
 from steering.rewards.aesthetic import Aesthetic
 from steering.rewards.card import Card
 from steering.rewards.classifier import Classifier
@@ -15,19 +17,26 @@ from steering.rewards.frames import OverFrames
 from steering.rewards.imscore import Imscore
 from steering.rewards.jpeg import Jpeg
 from steering.rewards.judge import Judge
+from steering.rewards.log_odds import LogOdds
 from steering.rewards.measure import Measure
 from steering.rewards.pick_score import PickScore
 from steering.rewards.pil import FromPil, from_pil
+from steering.rewards.table import Table
+from steering.rewards.text import FromText, from_text
 
 __all__ = [
+    "Acceptability",
+    "Additive",
     "Aesthetic",
     "Card",
     "Classifier",
     "ClipScore",
     "FromPil",
+    "FromText",
     "Imscore",
     "Jpeg",
     "Judge",
+    "LogOdds",
     "Measure",
     "Minimum",
     "OverFrames",
@@ -35,5 +44,7 @@ __all__ = [
     "Product",
     "Standardized",
     "Sum",
+    "Table",
     "from_pil",
+    "from_text",
 ]

@@ -43,19 +43,7 @@ class FromPil(Composable):
         )
 
     def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
-        shown = items.detach().flatten(1).isfinite().all(1).nonzero().flatten().tolist()
-        images = to_pil(items.detach()[shown])
-        given = (images, [prompts[k] for k in shown])[: _arguments(self.function)]
-        values = self.function(*given) if shown else []
-        if len(values) != len(shown):
-            raise TypeError(
-                f"reward {self.name} returned {len(values)} numbers for {len(shown)} images: "
-                "return one per image."
-            )
-        scores = torch.full((len(items),), math.nan, dtype=torch.float64)
-        for k, value in zip(shown, values, strict=True):
-            scores[k] = math.nan if value is None else float(value)
-        return scores
+        return ask(self.function, self.name, "image", to_pil, items, prompts)
 
 
 def from_pil(function: Callable[..., Sequence[float | None] | Tensor]) -> FromPil:
@@ -69,7 +57,7 @@ def from_pil(function: Callable[..., Sequence[float | None] | Tensor]) -> FromPi
         function: (list of n PIL images[, list of n prompts]) -> n numbers, higher is better. A
             second parameter with a default gets prompts only if that is its name.
     """
-    if not callable(function) or _arguments(function) == 0:
+    if not callable(function) or arguments(function) == 0:
         raise TypeError(
             f"{function!r}: from_pil takes a function of (images) or (images, prompts)."
         )
@@ -85,8 +73,45 @@ def to_pil(items: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
 
 
-def _arguments(function: Callable) -> int:
-    """How many of (images, prompts) a function takes by position."""
+def ask(
+    function: Callable[..., Sequence[float | None] | Tensor],
+    name: str,
+    kind: str,
+    show: Callable[[Tensor], list[Any]],
+    items: Tensor,
+    prompts: Sequence[Any],
+) -> Tensor:
+    """[N] float64 that a function of things to look at or to read says of items; nan for an item
+    that is not finite, which it is not shown, and where it says None.
+
+    Args:
+        function: (list of n things[, their n prompts]) -> n numbers or None.
+        name: of the reward, for errors.
+        kind: what one thing is called there.
+        show: items [n, ...] -> n things.
+        items: [N, ...].
+        prompts: N of them.
+
+    Raises:
+        TypeError: not one number per thing.
+    """
+    shown = items.detach().flatten(1).isfinite().all(1).nonzero().flatten().tolist()
+    given = (show(items.detach()[shown]), [prompts[k] for k in shown])[: arguments(function)]
+    values = function(*given) if shown else []
+    count = len(values) if hasattr(values, "__len__") else None
+    if count != len(shown):
+        returned = repr(values) if count is None else f"{count} numbers"
+        raise TypeError(
+            f"reward {name} returned {returned} for {len(shown)} {kind}s: return one per {kind}."
+        )
+    scores = torch.full((len(items),), math.nan, dtype=torch.float64)
+    for k, value in zip(shown, values, strict=True):
+        scores[k] = math.nan if value is None else float(value)
+    return scores
+
+
+def arguments(function: Callable) -> int:
+    """How many of (things, prompts) a function takes by position."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # a builtin without a signature

@@ -15,8 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from steering.models.classifier import Classifier
+from steering.models.sequence_classifier import SequenceClassifier
 
-__all__ = ["load", "mnist_slice", "names", "reference"]
+__all__ = [
+    "dna_words",
+    "held_out_text",
+    "load",
+    "mnist_slice",
+    "names",
+    "reference",
+    "tfbind8_scores",
+]
 
 _HERE = Path(__file__).parent
 _REFERENCES = ("mnist-test", "mnist-train")
@@ -35,6 +44,12 @@ def load(
 ) -> Classifier: ...
 @overload
 def load(
+    name: Literal["text-judge", "dna-reward", "dna-judge"],
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> SequenceClassifier: ...
+@overload
+def load(
     name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Any: ...
 def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Any:
@@ -43,8 +58,13 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
     Args:
         name: "mnist", an unconditional `DDIMPipeline` of images [N,1,28,28] in [-1,1];
             "mnist-flow", a `LabelPipeline` (`steering.models.label_pipeline`) of the same images by
-            their digit, a rectified flow; "mnist-flow-base", the same before its reflow; or
-            "mnist-classifier", a `Classifier` of images [N,1,28,28] in [0,1].
+            their digit, a rectified flow; "mnist-flow-base", the same before its reflow;
+            "mnist-classifier", a `Classifier` of images [N,1,28,28] in [0,1]; "tfbind8", a
+            `SequencePipeline` (`steering.models.sequence_pipeline`) of eight bases of DNA; "text",
+            one of 64 characters of the King James Bible; "text-judge", a `SequenceClassifier` of
+            such texts, whose class 1 is the Bible; "dna", a `SequencePipeline` of 200 bases by cell
+            type (0 GM12878, 1 HepG2, 2 K562, 3 hESCT0, 4 any); or "dna-reward" and "dna-judge",
+            `SequenceClassifier`s of such sites by cell type.
         dtype: of the weights; float32 when None.
         device: where the weights go.
 
@@ -73,10 +93,35 @@ def reference(name: str) -> dict[str, Tensor]:
     return load_file(_HERE / "mnist-classifier" / f"{part}_stats.safetensors")
 
 
+def held_out_text() -> list[str]:
+    """The 119 chapters of the King James Bible that "text" was not trained on, in its letters."""
+    return (_HERE / "text" / "held_out.txt").read_text(encoding="ascii").splitlines()
+
+
+def dna_words() -> dict[str, Tensor]:
+    """How often each word of three bases occurs in real sites, [64] int64: AAA, AAC, ... TTT.
+
+    "train", the sites of all four cell types that "dna" was trained on; "HepG2", the half of the
+    HepG2 sites of chromosomes 1 and 2, which it never saw, that has the higher signal.
+    """
+    return load_file(_HERE / "dna" / "words.safetensors")
+
+
 def mnist_slice() -> tuple[Tensor, Tensor]:
     """Images [250,28,28] uint8 and labels [250] uint8: the first 25 test images of each class."""
     arrays = load_file(_HERE / "mnist_slice.safetensors")
     return arrays["images"], arrays["labels"]
+
+
+def tfbind8_scores() -> Tensor:
+    """How strongly SIX6 binds every DNA sequence of eight bases: [4] * 8 float32 in [0, 1].
+
+    Measured E-scores, of which the least is 0 here and the greatest 1; bases in the order ACGT.
+    `steering.rewards.Table` makes a reward of them.
+    """
+    e_score = load_file(_HERE / "tfbind8" / "scores.safetensors")["e_score"]
+    low, high = e_score.aminmax()
+    return ((e_score - low) / (high - low)).view((4,) * 8)
 
 
 def _mnist(dtype: torch.dtype | None, device: str | torch.device) -> Any:
@@ -115,6 +160,36 @@ def _flow(name: str, dtype: torch.dtype | None, device: str | torch.device) -> A
     return pipe
 
 
+def _sequences(name: str, dtype: torch.dtype | None, device: str | torch.device) -> Any:
+    from steering.models.sequence_denoiser import SequenceDenoiser
+    from steering.models.sequence_pipeline import SequencePipeline
+    from steering.models.token_scheduler import TokenScheduler
+
+    folder = _HERE / name
+    denoiser = SequenceDenoiser.from_pretrained(
+        folder / "denoiser", torch_dtype=dtype or torch.float32, local_files_only=True
+    )
+    index = json.loads((folder / "model_index.json").read_text())
+    pipe = SequencePipeline(
+        denoiser.requires_grad_(False),
+        TokenScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
+        index["alphabet"],
+        index["length"],
+    )
+    pipe.to(device=device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _sequence_classifier(
+    name: str, dtype: torch.dtype | None, device: str | torch.device
+) -> SequenceClassifier:
+    folder = _HERE / name
+    model = SequenceClassifier(**json.loads((folder / "config.json").read_text()))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
 def _mnist_classifier(dtype: torch.dtype | None, device: str | torch.device) -> Classifier:
     folder = _HERE / "mnist-classifier"
     model = Classifier(**json.loads((folder / "config.json").read_text()))
@@ -127,4 +202,10 @@ _LOADERS = {
     "mnist-flow": partial(_flow, "mnist-flow"),
     "mnist-flow-base": partial(_flow, "mnist-flow-base"),
     "mnist-classifier": _mnist_classifier,
+    "tfbind8": partial(_sequences, "tfbind8"),
+    "text": partial(_sequences, "text"),
+    "text-judge": partial(_sequence_classifier, "text-judge"),
+    "dna": partial(_sequences, "dna"),
+    "dna-reward": partial(_sequence_classifier, "dna-reward"),
+    "dna-judge": partial(_sequence_classifier, "dna-judge"),
 }

@@ -7,7 +7,8 @@ import torch
 
 from steering.finetune import path_kl
 from steering.finetune.path_kl import published_kl
-from tests.exact.tokens import enumerated, states, token_chain
+from tests.exact.smooth_tokens import enumerated, token_chain
+from tests.exact.tokens import every
 from tests.finetune.small import small_pipeline
 
 
@@ -26,7 +27,7 @@ def test_is_what_enumeration_gives(kind, schedule):
 def test_published_weighting_of_hard_states_is_exactly_zero():
     a, b = (token_chain(seed=s).model for s in (0, 1))
     process = a.process
-    x = states(process)
+    x = every(process.states, process.length)
     i = torch.ones(len(x), dtype=torch.int64)
     said = [m.denoiser.log_probs(x, process.time(i), 0 * i) for m in (a, b)]
     assert (published_kl(process, x, i, *said) == 0).all()

@@ -7,7 +7,7 @@ import torch
 
 from steering.finetune.drakes import Paths
 from steering.noise import root_key
-from tests.exact.tokens import Chain, token_chain
+from tests.exact.smooth_tokens import Chain, token_chain
 
 ALPHA = 0.7
 N = 5
@@ -96,7 +96,8 @@ def test_items_are_exactly_one_hot(straight_through):
 def test_straight_through_steps_walk_as_the_chain_does():
     # z is hard where the noise is largest, which is a draw from the law (Gumbel's trick): the ends
     # of 20000 paths against the enumerated law, whose counts spread by sqrt(p (1 - p) / n)
-    from tests.exact.tokens import enumerated, states
+    from tests.exact.smooth_tokens import enumerated
+    from tests.exact.tokens import every
 
     chain, _ = pair("masked", "loglinear")
     n = 20000
@@ -104,12 +105,12 @@ def test_straight_through_steps_walk_as_the_chain_does():
     paths = Paths(chain.model, None, 3, 1.0, "step")
     with torch.no_grad():
         ends = paths.end(paths.start(row, key), row, key)[0].argmax(-1)
-    every = states(paths.process)
+    states = every(paths.process.states, paths.process.length)
     law = enumerated(chain.model)[0]
-    found = (ends[:, None] == every).all(-1).double().mean(0)
+    found = (ends[:, None] == states).all(-1).double().mean(0)
     z = (found - law) / (law * (1 - law) / n).clamp(min=1e-12).sqrt()
     assert z.abs().max() < 4
-    assert law[(every < 3).all(1)].min() > 0.005
+    assert law[(states < 3).all(1)].min() > 0.005
 
 
 def test_early_steps_pass_their_cost_alone():
