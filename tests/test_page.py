@@ -136,6 +136,20 @@ def test_thumbnails_are_of_the_most_important_nodes_small_and_each_kept_once():
     assert set(top) <= set(pictures)
 
 
+def test_texts_are_kept_once_cut_and_inert():
+    tree = grown_tree([40])
+    html = tree_page(tree, lambda handles: [HOSTILE[int(h) % len(HOSTILE)] for h in handles])
+    quiet = tree_page(tree, lambda handles: ["a"] * len(handles))
+    assert DATA.sub("", html) == DATA.sub("", quiet)
+    data = data_of(html)
+    assert data["images"] == data["trees"][0]["pictures"] == []
+    assert len(data["texts"]) == len(set(data["texts"]))
+    for node, text in data["trees"][0]["readings"]:
+        expected = HOSTILE[data["trees"][0]["handle"][node] % len(HOSTILE)]
+        assert data["texts"][text] == expected[:500]
+    assert data_of(quiet)["texts"] == ["a"]
+
+
 def test_thumbnails_stay_below_their_limit():
     def large(handles):
         return torch.rand(len(handles), 3, 96, 96)

@@ -47,8 +47,8 @@ def from_masked_lm(
     ([CLS] and [SEP]) is kept too. The tokenizer's mask in a prompt is a site to be filled.
 
     Large vocabularies take memory: guesses are log-probabilities [N, L, K], 13 MB a sequence of 64
-    tokens out of 50,257, and a call holds some ten of them, so give `sample` a small `batch`; so do
-    samplers that score on the way, which keep guesses.
+    tokens out of 50,257, and a call holds some seven of them: give `sample` a small `batch`.
+    Samplers that score on the way keep guesses, too.
 
     Args:
         network: (input_ids [N, L]) -> logits [N, L, V], bare or as `.logits`. Where its call has

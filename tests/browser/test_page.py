@@ -256,6 +256,16 @@ def test_hovering_tells_what_is_known_of_a_node_and_clicking_pins_its_path(page)
     assert not page.find("pinned").is_displayed()
 
 
+def test_the_text_of_a_node_is_read_by_pointing_at_it(open_page):
+    page = open_page(tree_page(grown_tree([12]), lambda handles: [HOSTILE[0]] * len(handles)))
+    page.mouse(3).perform()
+    assert page.drawn()["hovered"] == 3
+    assert page.run("return document.querySelector('#tip p').textContent") == HOSTILE[0]
+    page.mouse(3).click().perform()
+    assert page.run("return document.querySelector('#pinned p').textContent") == HOSTILE[0]
+    assert page.run("return window.hit") is None
+
+
 def test_zoom_pan_fit_and_best(page):
     whole = page.drawn()
     node = int(TREE.reward.isfinite().nonzero()[80])
