@@ -7,7 +7,8 @@ import torch
 
 from steering.finetune.drakes import Paths
 from steering.noise import root_key
-from tests.exact.tokens import enumerated, states, token_chain
+from tests.exact.smooth_tokens import enumerated, token_chain
+from tests.exact.tokens import every
 
 ALPHA = 0.5
 
@@ -33,8 +34,7 @@ def test_draws_come_near_the_tilted_law(straight_through):
         (ALPHA * apart - (pairs * table).sum((1, 2))).mean().backward()
         optimizer.step()
         decay.step()
-    every = states(paths.process)
-    clean = (every < 3).all(1)
+    clean = (every(4, 2) < 3).all(1)
     p, q = (enumerated(chain.model)[0][clean] for chain in (before, tuned))
     star = (p.log() + table.flatten() / ALPHA).softmax(0)
 
