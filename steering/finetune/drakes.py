@@ -67,7 +67,10 @@ def drakes(
     ones, their share of masks times the probability to be unmasked times the KL of the guesses. At
     relaxed steps its gradient also runs back through the states. At hard ones it is that of the
     step alone: that θ also decides which hard states are met (the part that a score function would
-    estimate) is left out, like all that the reward owes to them.
+    estimate) is left out, like all that the reward owes to them: with truncate below T tuning stops
+    short of the optimum. A hot relaxation goes beyond it, since soft steps unmask sooner than the
+    chain does: alpha is true to its units for small tau, and "path_kl" in the history says what the
+    chain itself has moved. `benchmarks.drakes_optimum` measures both.
 
     What runs on several processes (`accelerate launch`) averages their gradients: each draws a
     batch of its own. Mixed precision is what accelerate says, "bf16" or none.
@@ -80,7 +83,7 @@ def drakes(
         prompts: R of them, as in `from_pipeline`; paths take them in turns.
         steps: T.
         truncate: last steps that are relaxed; T if it is more.
-        tau: temperature of relaxed steps.
+        tau: temperature of relaxed steps: 1 as published, noisier and nearer to the chain below.
         straight_through: where tokens are hard forwards, with the gradient of the soft ones: "end",
             once, for the reward; "step", after every step; "none".
         kl: "path", or "published", the weighting of the released code (`published_kl`), under which
@@ -141,6 +144,7 @@ def drakes(
         kl,
         checkpointing,
     )
+    free = [p for p in network.parameters() if p.requires_grad]
     _check_reward(reward, tuned, min(batch, 2))
 
     def gradient(number: int) -> Figures:
@@ -150,7 +154,7 @@ def drakes(
             first = (number * accumulate + part) * accelerator.num_processes
             index = (first + accelerator.process_index) * batch + torch.arange(batch)
             row, key = index % conditions, root_key(seed, index).to(tuned.device)
-            seen = _backward(paths, reward, row, key, weight, accumulate, accelerator)
+            seen = _backward(paths, free, reward, row, key, weight, accumulate, accelerator)
             for name, value in seen.means.items():
                 means[name] = means.get(name, 0.0) + value / accumulate
             for name, count in seen.counts.items():
@@ -313,6 +317,7 @@ def hardened(weights: Tensor) -> Tensor:
 
 def _backward(
     paths: Paths,
+    free: list[nn.Parameter],
     reward: Any,
     row: Tensor,
     key: Tensor,
@@ -320,12 +325,12 @@ def _backward(
     share: int,
     accelerator: Any,
 ) -> Figures:
-    """Add the gradient of one batch, divided by `share`."""
+    """Add the gradient of one batch in the weights `free`, and in no others, divided by `share`."""
     n = len(row)
     spent: list[float | Tensor] = []
 
     def spend(apart: Tensor) -> None:
-        (alpha / share * apart.mean()).backward()
+        (alpha / share * apart.mean()).backward(inputs=free)
         spent.append(apart.detach().mean())
 
     with accelerator.autocast():
@@ -336,7 +341,7 @@ def _backward(
     mean = r.mean()
     loss = alpha * apart.mean() - mean
     if bool(torch.isfinite(loss)):
-        (loss / share).backward()
+        (loss / share).backward(inputs=free)
     kl = float(sum(spent) + apart.detach().mean())
     gained = float(mean.detach())
     forward, backward = paths.rows(n)

@@ -166,6 +166,18 @@ def test_one_bad_update_is_left_out_and_counted():
     assert all(torch.isfinite(w).all() for w in weights(tuned.pipe).values())
 
 
+def test_weights_of_a_reward_gather_no_gradients():
+    judge = torch.nn.Linear(24, 1)
+
+    def learned(items, prompts):
+        return judge(items.flatten(1))[:, 0]
+
+    tuned = drakes(small_pipeline(), learned, alpha=0.5, updates=2, **QUICK)
+    assert tuned.history[0]["gradient"] > 0
+    assert judge.weight.grad is None
+    assert judge.weight.requires_grad
+
+
 def test_rewards_without_a_gradient_are_refused_first():
     def hard(items, prompts):
         return (items.argmax(-1) == 1).sum(1)
