@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import time
 import zipfile
 from collections.abc import Callable
@@ -404,8 +403,9 @@ def table(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, tuple[
             if not values:
                 line += f"{'-':>15}"
                 continue
-            spread = statistics.stdev(values) if len(values) > 1 else math.nan
-            cells[key] = (statistics.mean(values), spread)
+            several = torch.tensor(values, dtype=torch.float64)
+            spread = float(several.std()) if len(values) > 1 else math.nan
+            cells[key] = (float(several.mean()), spread)
             text = f"{cells[key][0]:.{digits}f}"
             line += f"{text if math.isnan(spread) else f'{text} ±{spread:.{digits}f}':>15}"
         found[name] = cells
