@@ -20,7 +20,15 @@ Settings (particles and levels of SMC, particles of TDS, proposals of SVDD, N of
 those of the lowest mean TV on separate seeds at the same budget; at the largest budget, the choice
 at a tenth of it.
 
-    python -m benchmarks.tfbind8 [--quick] [--plot FILE]
+DRAKES tunes the network instead, at alpha = 1/λ and through the table's multilinear extension: no
+surrogate of the reward. The law of the tuned chain is exact by the same forward pass, and so is
+
+    share = (r - r_pre) / (r* at equal KL - r_pre)
+
+r the mean reward of the tuned chain, r_pre that of the model, and r* that of the tilted law whose
+KL to p is that of the tuned chain's law: 1 is the best there is at that KL, whatever the method.
+
+    python -m benchmarks.tfbind8 [--quick] [--only samplers|drakes] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -28,27 +36,39 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.report import finish, header
-from samplers import SMC, SVDD, TDS, Beam, BestOfN, Importance, Result, TreeSampling, TreeSearch
-from samplers import sample
+from samplers import (
+    SMC,
+    SVDD,
+    TDS,
+    Beam,
+    BestOfN,
+    Importance,
+    Result,
+    TreeSampling,
+    TreeSearch,
+    sample,
+)
 from samplers.core import Sampler
 from steering import from_pipeline, zoo
 from steering.core import Model
+from steering.discrete import MaskedProcess
+from steering.finetune import drakes
 from steering.metrics.exact import kl, total_variation
 from steering.rewards import Table
 from tests.exact.estimates import average
-from tests.exact.masked import guesses, index_of, masked_law, tabulated
+from tests.exact.masked import guesses, index_of, masked_law, path_kl, tabulated
 
 STEPS, BINS = 8, 20
 LAMS = (10.0, 20.0)
-SEEDS = {1_000: 48, 10_000: 24, 100_000: 6, 1_000_000: 2}
-SEARCH = {1_000: 24, 10_000: 8, 100_000: 2}  # runs that settings are chosen on
+SEEDS = {1_000: 48, 10_000: 16, 100_000: 4}
+SEARCH = {1_000: 24, 10_000: 8}  # runs that settings are chosen on
 QUICK = {1_000: 16, 10_000: 4}
 ALL = tuple(range(1, STEPS))
 TUNED: dict[str, list[Sampler]] = {
@@ -65,7 +85,6 @@ FIXED: dict[str, Sampler] = {
     "DTS, even branches": TreeSampling(branch="even"),
     "DTS, published law": TreeSampling(law="published"),
 }
-LARGEST = ("importance", "SMC", "DTS", "DTS, even branches")  # those that get the largest budget
 SEARCHES: dict[str, Sampler] = {
     "DTS*": TreeSearch(),
     "beam": Beam(),
@@ -108,8 +127,14 @@ def build() -> Task:
     """The task; asks the network about every state."""
     model = from_pipeline(zoo.load("tfbind8"), steps=STEPS)
     answers = guesses(model)
-    law = masked_law(model.process, answers)
+    law = masked_law(chain(model), answers)
     return Task(model, answers, Table(zoo.tfbind8_scores()), law.log())
+
+
+def chain(model: Model) -> MaskedProcess:
+    """Its process, which is a masked chain."""
+    assert isinstance(model.process, MaskedProcess)
+    return model.process
 
 
 def run(task: Task, sampler: Sampler, lam: float, nfe: int, runs: int, seed: int) -> Result:
@@ -229,8 +254,6 @@ def compare(task: Task, lam: float, budgets: dict[int, int]) -> dict:
         print("\n" + HEAD)
         labels = {name: f"{name}, {setting(s)}" for name, s in chosen.items()}
         for name, sampler in {**FIXED, **chosen}.items():
-            if nfe == max(SEEDS) and name not in LARGEST:
-                continue
             began = time.process_time()
             result = run(task, sampler, lam, nfe, runs, seed=0)
             scores = judged(task, result, lam)
@@ -272,3 +295,196 @@ def search(task: Task, budgets: dict[int, int]) -> dict:
             )
     print()
     return figures
+
+
+# --- tuning ----------------------------------------------------------------------------------
+
+TUNING = {"truncate": STEPS, "tau": 0.5, "batch": 64, "updates": 400, "lr": 1e-3}
+PUBLISHED_ALPHA = {10.0: 0.03, 20.0: 0.01}
+
+
+def equal_kl(task: Task, far: float) -> float:
+    """Mean reward of the tilted law whose KL to p is `far` nats, by bisection over λ."""
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        lam = (low + high) / 2
+        target, _ = task.tilted(lam)
+        near = float(target.exp() @ (target - task.log_p)) < far
+        low, high = (lam, high) if near else (low, lam)
+    return float(task.tilted(low)[0].exp() @ task.r)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning came to, all but the cost exact."""
+
+    share: float
+    r: float
+    r_star: float
+    kl: float  # of the law to p
+    path: float  # KL of paths
+    tv: float  # to p*
+    to_target: float  # KL to p*
+    rows: float  # network rows of tuning, forward; as many again are run backward
+    seconds: float
+
+
+def tune(task: Task, lam: float, kind: str, seed: int, **settings) -> Tuning:
+    """DRAKES at alpha = 1/λ (under the published weighting: its own), and the law it leads to."""
+    pipe = zoo.load("tfbind8")
+    pipe.denoiser.requires_grad_(True)
+    alpha = 1 / lam if kind == "path" else PUBLISHED_ALPHA[lam]
+    settings = {"alpha": alpha, **TUNING, **settings}
+    began = time.process_time()
+    tuned = drakes(pipe, task.reward, steps=STEPS, kl=kind, seed=seed, progress=False, **settings)
+    seconds = time.process_time() - began
+    process = chain(task.model)
+    answers = guesses(from_pipeline(tuned.pipe, steps=STEPS))
+    law = masked_law(process, answers)
+    far = kl(law.log(), task.log_p)
+    r, r_pre, r_star = float(law @ task.r), float(task.log_p.exp() @ task.r), equal_kl(task, far)
+    target = task.tilted(lam)[0]
+    return Tuning(
+        share=(r - r_pre) / (r_star - r_pre),
+        r=r,
+        r_star=r_star,
+        kl=far,
+        path=path_kl(process, answers, task.answers),
+        tv=total_variation(law.log(), target),
+        to_target=kl(law.log(), target),
+        rows=tuned.total("forward"),
+        seconds=seconds,
+    )
+
+
+def tell(lam: float, label: str, t: Tuning) -> None:
+    """Print one row of the table of tuning."""
+    print(
+        f"{lam:<4g}{label:34}{t.share:6.3f}  {t.r:.4f} {t.r_star:.4f}   {t.kl:.3f} {t.path:.3f}"
+        f"   {t.tv:.4f} {t.to_target:.4f}   {t.rows:.2e} rows, {t.seconds:.0f} s",
+        flush=True,
+    )
+
+
+def tuning(task: Task, seeds: int, **settings) -> dict:
+    """DRAKES with both weightings of the KL."""
+    figures: dict = {}
+    r_pre = float(task.log_p.exp() @ task.r)
+    print(f"DRAKES, {TUNING | settings}; published weighting: alpha {PUBLISHED_ALPHA}")
+    print(f"mean reward before: {r_pre:.4f}")
+    print(f"{'λ':4}{'KL weighting, seed':34}share   r      r*       KL    of paths TV, KL to p*")
+    for lam in LAMS:
+        best, _ = task.tilted(lam)
+        own = float(best.exp() @ task.r)
+        far = kl(best, task.log_p)
+        print(f"{lam:<4g}{'p* itself':34}{1:6.3f}  {own:.4f} {own:.4f}   {far:.3f}")
+        for kind in ("path", "published"):
+            found = []
+            for seed in range(seeds):
+                found.append(tune(task, lam, kind, seed, **settings))
+                tell(lam, f"{kind}, seed {seed}", found[-1])
+            share = torch.tensor([t.share for t in found], dtype=torch.float64)
+            figures[f"{kind} {lam:g}"] = {
+                name: sum(getattr(t, name) for t in found) / len(found)
+                for name in ("share", "r", "r_star", "kl", "path", "tv", "to_target", "rows")
+            } | {"least_share": float(share.min())}
+    print()
+    return figures
+
+
+# --- the whole -------------------------------------------------------------------------------
+
+
+def plot(task: Task, figures: dict, path: Path) -> None:
+    """TV and KL against rows, one panel for each λ; DRAKES as levels."""
+    from matplotlib import pyplot as plt
+
+    lams = [lam for lam in LAMS if f"samplers {lam:g}" in figures]
+    fig, axes = plt.subplots(2, len(lams), figsize=(11, 8), sharex=True, squeeze=False)
+    for column, lam in enumerate(lams):
+        found = figures[f"samplers {lam:g}"]
+        names = dict.fromkeys(key.rpartition(" ")[0] for key in found)
+        for name in sorted(names, key=lambda n: (n == "floor", n)):
+            at = sorted(int(float(k.rpartition(" ")[2])) for k in found
+                        if k.rpartition(" ")[0] == name)  # fmt: skip
+            for k, metric in enumerate(("tv", "kl")):
+                y = [found[f"{name} {nfe:g}"][metric]["value"] for nfe in at]
+                e = [found[f"{name} {nfe:g}"][metric]["error"] for nfe in at]
+                how = {"color": "black", "linestyle": ":"} if name == "floor" else {}
+                if name.startswith("DTS"):
+                    how = {"linewidth": 2.2}
+                axes[k, column].errorbar(at, y, e, label=name, marker="o", markersize=3, **how)
+        tuned = figures.get("drakes", {}).get(f"path {lam:g}")
+        for k, metric in enumerate(("tv", "to_target")):
+            if tuned:
+                axes[k, column].axhline(
+                    tuned[metric], color="grey", linestyle="--", label="DRAKES, own law"
+                )
+        axes[0, column].set_title(f"λ = {lam:g}")
+        axes[0, column].set_ylabel("TV to p*")
+        axes[1, column].set_ylabel("KL to p*, nats")
+        axes[1, column].set_xlabel("network rows")
+        for row in (0, 1):
+            axes[row, column].set_xscale("log")
+            axes[row, column].set_yscale("log")
+            axes[row, column].grid(alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="lower center", ncol=5, frameon=False, fontsize=9)
+    fig.tight_layout(rect=(0, 0.09, 1, 1))
+    fig.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="small numbers, under a minute")
+    parser.add_argument("--only", choices=("samplers", "drakes"), help="one half of it")
+    parser.add_argument("--plot", type=Path, help="PNG to draw TV and KL in")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    header()
+    began = time.process_time()
+    task = build()
+    p = task.log_p.exp()
+    print(
+        f"T = {STEPS}; noise seed 0, settings chosen on seed 1; mean reward under p "
+        f"{float(p @ task.r):.4f}; p by forward pass, {time.process_time() - began:.0f} s"
+    )
+    for lam in LAMS:
+        target, log_z = task.tilted(lam)
+        q = target.exp()
+        print(
+            f"λ = {lam:g}: log Z {log_z:.4f}, E[r] {float(q @ task.r):.4f}, KL(p* || p) "
+            f"{kl(target, task.log_p):.3f} nats, 1 / Σ p*² {float(1 / q.square().sum()):.0f} "
+            f"sequences; effective share of independent walks {1 / float((q * q / p).sum()):.4f}"
+        )
+    print()
+    figures: dict = {}
+    budgets = QUICK if args.quick else SEEDS
+    lams = LAMS[1:] if args.quick else LAMS
+    if args.only != "drakes":
+        for lam in lams:
+            figures[f"samplers {lam:g}"] = compare(task, lam, budgets)
+        figures["search"] = search(task, {k: n for k, n in budgets.items() if k <= 10_000})
+    if args.only != "samplers":
+        few = {"updates": 30} if args.quick else {}
+        figures["drakes"] = tuning(task, 1 if args.quick else 3, **few)
+    if args.plot is not None and args.only != "drakes":
+        plot(task, figures, args.plot)
+    finish({**headline(figures, max(budgets)), **figures})
+
+
+def headline(figures: dict, nfe: int) -> dict:
+    """TV of DTS at the largest budget where it is worst, its floor, and DRAKES' least share."""
+    told: dict = {}
+    found = [figures[f"samplers {lam:g}"] for lam in LAMS if f"samplers {lam:g}" in figures]
+    if found:
+        worst = max(found, key=lambda f: f[f"DTS {nfe:g}"]["tv"]["value"])
+        told["tv_dts"] = worst[f"DTS {nfe:g}"]["tv"]["value"]
+        told["floor"] = worst[f"floor {nfe:g}"]["tv"]["value"]
+    tuned = figures.get("drakes", {})
+    shares = [value["least_share"] for name, value in tuned.items() if name.startswith("path")]
+    return told | ({"drakes_least_share": min(shares)} if shares else {})
+
+
+if __name__ == "__main__":
+    main()
