@@ -66,10 +66,8 @@ class Tabulated:
 def tabulated(model: Model, answers: Tensor, conditions: int = 1) -> Model:
     """The same model of so many conditions, its denoiser's answers looked up."""
     assert isinstance(model.denoiser, TokenDenoiser)
-    fixed, scale = (
-        getattr(model.denoiser, name).repeat_interleave(conditions, 0)
-        for name in ("fixed", "scale")
-    )
+    fixed = model.denoiser.fixed.repeat_interleave(conditions, 0)
+    scale = model.denoiser.scale.repeat_interleave(conditions, 0)
     asked = replace(model.denoiser, fixed=fixed, scale=scale)
     return replace(model, denoiser=Tabulated(answers, asked), prompts=(None,) * conditions)
 
