@@ -174,9 +174,7 @@ def weighed(kind: str, repeats: int, particles: int) -> tuple[list[dict], list[d
             f"deviations, {width:.2f} times as wide",
             flush=True,
         )
-    print(
-        f"{kind:8}truth: mean {truth['mean']:.4f}, var {truth['var']:.4f}, log Z {of.log_z:.4f}\n"
-    )
+    print(f"{kind:8}truth: mean {truth['mean']:.4f}, var {of.var:.4f}, log Z {of.log_z:.4f}\n")
     return rows, biased
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from steering import zoo
 from steering.metrics import NGram
-from steering.zoo.train_text import LENGTH, bound, windows
+from steering.zoo.train_text import LENGTH, windows
+from steering.zoo.training import masked_bound
 
 PROMPTS = ("in the beginning ", "and the king ", "behold, i will ")
 SHOWN = 4
@@ -89,7 +90,7 @@ def main() -> None:
 
     x = held_out_windows(zoo.held_out_text(), 16 * n, args.seed)
     with torch.no_grad():
-        bits = torch.cat([bound(pipe.denoiser, part, rng) for part in x.split(64)])
+        bits = torch.cat([masked_bound(pipe.denoiser, part, rng) for part in x.split(64)])
     bits = bits.double() / LENGTH / math.log(2)
     error = bits.std() / len(bits) ** 0.5
     out.write(f"bound: {bits.mean():.3f} bits per character, standard error {error:.3f}, ")

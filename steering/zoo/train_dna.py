@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
 from steering.metrics.sequences import kmer_counts
 from steering.models.sequence_denoiser import SequenceDenoiser
@@ -32,11 +31,10 @@ from steering.zoo.dna_sites import (
     read_sites,
     reverse_complement,
 )
-from steering.zoo.training import fit
+from steering.zoo.training import fit, masked_bound
 
 PEAK_LR = 3e-3
 UNLABELLED = 0.15
-MASK = len(ALPHABET)
 
 
 def build_denoiser() -> SequenceDenoiser:
@@ -44,26 +42,6 @@ def build_denoiser() -> SequenceDenoiser:
     return SequenceDenoiser(
         tokens=len(ALPHABET), width=128, depth=8, kernel=5, stride=4, fine=32, classes=len(CELLS)
     )
-
-
-def bound(denoiser: nn.Module, x: Tensor, label: Tensor, rng: torch.Generator) -> Tensor:
-    """[N] nats: an estimate of each sequence's bound -log p(x) <= E[1/t sum of CE at the masked].
-
-    A base is masked with probability t; t is stratified over the batch, in (0, 1].
-
-    Args:
-        denoiser: tokens and labels to logits.
-        x: [N, L] int64.
-        label: [N] int64.
-        rng: of t and of the masks.
-    """
-    n = len(x)
-    t = (torch.arange(n) + 1 - torch.rand(n, generator=rng)) / n
-    masked = torch.rand(x.shape, generator=rng) < t[:, None]
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = denoiser(x.masked_fill(masked, MASK), class_labels=label).logits
-    ce = cross_entropy(logits.float().mT, x, reduction="none")
-    return (ce * masked).sum(1) / t
 
 
 def words(sites: Sites) -> dict[str, Tensor]:
@@ -92,7 +70,7 @@ def train(data: Path, minutes: float, out: Path, seed: int) -> None:
         x = torch.where(turned[:, None], reverse_complement(x), x)
         dropped = torch.rand(len(x), generator=rng) < UNLABELLED
         label = label.masked_fill(dropped, len(CELLS))
-        return bound(denoiser, x, label, rng).mean() / LENGTH
+        return masked_bound(denoiser, x, rng, label).mean() / LENGTH
 
     def save(weights: dict[str, Tensor]) -> None:
         averaged = build_denoiser()

@@ -15,13 +15,12 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
 from steering.models.sequence_denoiser import SequenceDenoiser
 from steering.models.sequence_pipeline import SequencePipeline
 from steering.models.token_scheduler import TokenScheduler
-from steering.zoo.training import fit
+from steering.zoo.training import fit, masked_bound
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz,.;:?'!"
 LENGTH = 64
@@ -69,25 +68,6 @@ def build_denoiser() -> SequenceDenoiser:
     return SequenceDenoiser(tokens=len(ALPHABET), width=192, depth=8, kernel=5)
 
 
-def bound(denoiser: nn.Module, x: Tensor, rng: torch.Generator) -> Tensor:
-    """[N] nats: an estimate of each sequence's bound -log p(x) <= E[1/t sum of CE at the masked].
-
-    A site is masked with probability t; t is stratified over the batch, in (0, 1].
-
-    Args:
-        denoiser: tokens to logits; len(ALPHABET) is the mask.
-        x: [N, L] int64.
-        rng: of t and of the masks.
-    """
-    n = len(x)
-    t = (torch.arange(n) + 1 - torch.rand(n, generator=rng)) / n
-    masked = torch.rand(x.shape, generator=rng) < t[:, None]
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = denoiser(x.masked_fill(masked, len(ALPHABET))).logits
-    ce = cross_entropy(logits.float().mT, x, reduction="none")
-    return (ce * masked).sum(1) / t
-
-
 def train(data: Path, minutes: float, out: Path, seed: int) -> None:
     """Train for so many minutes of wall time, this and earlier starts together."""
     torch.set_num_threads(1)
@@ -104,7 +84,8 @@ def train(data: Path, minutes: float, out: Path, seed: int) -> None:
 
     def loss(rows: Tensor) -> Tensor:
         return (
-            bound(denoiser, characters[starts[rows][:, None] + along].long(), rng).mean() / LENGTH
+            masked_bound(denoiser, characters[starts[rows][:, None] + along].long(), rng).mean()
+            / LENGTH
         )
 
     def save(weights: dict[str, Tensor]) -> None:

@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
 from steering.models.sequence_denoiser import SequenceDenoiser
 from steering.models.sequence_pipeline import SequencePipeline
 from steering.models.token_scheduler import TokenScheduler
-from steering.zoo.training import fit
+from steering.zoo.training import fit, masked_bound
 
 ALPHABET, LENGTH = "ACGT", 8
 PEAK_LR = 2e-3
@@ -51,23 +50,6 @@ def training_law(r: Tensor) -> Tensor:
     return log_p.flatten().softmax(0).view_as(r)
 
 
-def bound(denoiser: nn.Module, x: Tensor, rng: torch.Generator) -> Tensor:
-    """[N] nats: an estimate of each sequence's bound -log p(x) <= E[1/t sum of CE at the masked].
-
-    A site is masked with probability t; t is stratified over the batch, in (0, 1].
-
-    Args:
-        denoiser: tokens to logits.
-        x: [N, L] int64.
-        rng: of t and of the masks.
-    """
-    n = len(x)
-    t = (torch.arange(n) + 1 - torch.rand(n, generator=rng)) / n
-    masked = torch.rand(x.shape, generator=rng) < t[:, None]
-    logits = denoiser(x.masked_fill(masked, len(ALPHABET))).logits
-    return (cross_entropy(logits.mT, x, reduction="none") * masked).sum(1) / t
-
-
 def train(data: Path, minutes: float, out: Path, seed: int) -> None:
     """Train for so many minutes of wall time, this and earlier starts together."""
     torch.set_num_threads(1)
@@ -86,7 +68,7 @@ def train(data: Path, minutes: float, out: Path, seed: int) -> None:
     sequences = (drawn[:, None] // place % len(ALPHABET)).to(torch.int8)
 
     def loss(rows: Tensor) -> Tensor:
-        return bound(denoiser, sequences[rows].long().repeat(MASKS, 1), rng).mean() / LENGTH
+        return masked_bound(denoiser, sequences[rows].long().repeat(MASKS, 1), rng).mean() / LENGTH
 
     def save(weights: dict[str, Tensor]) -> None:
         averaged = build_denoiser()

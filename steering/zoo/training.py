@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 BATCH = 64
 WARMUP_STEPS = 300
@@ -26,6 +27,27 @@ SNAPSHOTS = 80
 def learning_rate(peak: float, step: int, fraction: float) -> float:
     """Linear warm-up in steps, then a cosine to 0 over the fraction of the time used."""
     return peak * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def masked_bound(
+    denoiser: nn.Module, x: Tensor, rng: torch.Generator, label: Tensor | None = None
+) -> Tensor:
+    """[N] nats: an estimate of each sequence's bound -log p(x) <= E[1/t sum of CE at the masked].
+
+    A site is masked with probability t; t is stratified over the batch, in (0, 1].
+
+    Args:
+        denoiser: a `SequenceDenoiser`, whose mask is the token after the ordinary ones.
+        x: [N, L] int64.
+        rng: of t and of the masks.
+        label: [N] int64, where it takes class labels.
+    """
+    n, mask = len(x), denoiser.config["tokens"]  # type: ignore[index]
+    t = (torch.arange(n) + 1 - torch.rand(n, generator=rng)) / n
+    masked = torch.rand(x.shape, generator=rng) < t[:, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = denoiser(x.masked_fill(masked, mask), class_labels=label).logits
+    return (cross_entropy(logits.float().mT, x, reduction="none") * masked).sum(1) / t
 
 
 def save_state(
