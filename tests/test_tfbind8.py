@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.tfbind8 import Task, best_of_law, equal_kl
+from benchmarks.tfbind8 import Task, best_of_law, chain, equal_kl
 from samplers import SMC, TreeSampling, sample
 from steering import from_pipeline, zoo
 from steering.discrete import MaskedProcess
@@ -213,7 +213,7 @@ def test_looked_up_answers_are_the_networks():
         answers[index_of(x, 5)] = model.denoiser(x, t, row)
         again = tabulated(model, answers, conditions=3)
         assert torch.equal(again.denoiser(x, t, row), model.denoiser(x, t, row))
-        soft = model.process.weights(x[:5]) * 0.5 + 0.1
+        soft = chain(model).weights(x[:5]) * 0.5 + 0.1
         one = row[:5]
         assert torch.equal(again.denoiser(soft, t[:5], one), model.denoiser(soft, t[:5], one))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steering.core import Model
 from steering.discrete import MaskedProcess
+from steering.pipelines.sequences import TokenDenoiser
 
 
 def tokens_of(index: Tensor, length: int, tokens: int) -> Tensor:
@@ -64,8 +65,10 @@ class Tabulated:
 
 def tabulated(model: Model, answers: Tensor, conditions: int = 1) -> Model:
     """The same model of so many conditions, its denoiser's answers looked up."""
-    asked = replace(model.denoiser, fixed=model.denoiser.fixed.expand(conditions, -1),
-                    scale=model.denoiser.scale.expand(conditions))  # fmt: skip
+    assert isinstance(model.denoiser, TokenDenoiser)
+    fixed = model.denoiser.fixed.repeat_interleave(conditions, 0)
+    scale = model.denoiser.scale.repeat_interleave(conditions, 0)
+    asked = replace(model.denoiser, fixed=fixed, scale=scale)
     return replace(model, denoiser=Tabulated(answers, asked), prompts=(None,) * conditions)
 
 
