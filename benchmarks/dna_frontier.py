@@ -138,7 +138,6 @@ class Bench:
         s, folder = self.sizes, self.work / f"drakes-{alpha:g}"
         if not (folder / "cost.json").exists():
             pipe = zoo.load("dna")
-            pipe.denoiser.requires_grad_(True)
             began = time.process_time()
             tuned = drakes(
                 pipe, self.reward, alpha=alpha, steps=s.tuned_steps, truncate=s.truncate,

@@ -332,7 +332,6 @@ class Tuning:
 def tune(task: Task, lam: float, kind: str, seed: int, **settings) -> Tuning:
     """DRAKES at alpha = 1/λ (under the published weighting: its own), and the law it leads to."""
     pipe = zoo.load("tfbind8")
-    pipe.denoiser.requires_grad_(True)
     alpha = 1 / lam if kind == "path" else PUBLISHED_ALPHA[lam]
     settings = {"alpha": alpha, **TUNING, **settings}
     began = time.process_time()

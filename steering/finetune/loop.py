@@ -71,10 +71,11 @@ class Figures:
 def copied(pipe: Any) -> tuple[Any, nn.Module, nn.Module]:
     """A pipeline with a network of its own to tune, in float32; that network, and the original.
 
-    All else is shared. What does not require gradients in the original is not tuned.
+    All else is shared. Where some weights of the original require gradients, as adapters do, these
+    are tuned; where none do, as in the built-in checkpoints, all are.
 
     Raises:
-        ValueError: no pipeline, or one without one network; nothing to tune.
+        ValueError: no pipeline, or one without one network.
     """
     if not hasattr(pipe, "components"):
         raise ValueError(f"pipe is a {type(pipe).__name__}, no diffusers pipeline.")
@@ -85,7 +86,7 @@ def copied(pipe: Any) -> tuple[Any, nn.Module, nn.Module]:
     mine, network = copy.copy(pipe), copy.deepcopy(original).float().eval()
     setattr(mine, name, network)
     if not any(p.requires_grad for p in network.parameters()):
-        raise ValueError(f"{name}: none of its weights require gradients, nothing can be tuned.")
+        network.requires_grad_(True)
     return mine, network, original
 
 

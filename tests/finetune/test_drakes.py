@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from steering import rewards, zoo
 from steering.finetune import NotFiniteError, drakes, path_kl
 from steering.models.sequence_pipeline import SequencePipeline
 from tests.finetune.small import count_c, equal, small_pipeline, weights
@@ -220,3 +221,13 @@ def test_chains_that_do_not_fit_are_refused():
 def test_uniform_chains_are_tuned_too():
     tuned = drakes(small_pipeline("uniform"), count_c, alpha=0.0, updates=40, **QUICK)
     assert tuned.history[-1]["drawn_reward"] > tuned.history[0]["reward"] + 1
+
+
+def test_weights_that_all_are_frozen_are_all_tuned_in_the_copy():
+    pipe = zoo.load("tfbind8")  # frozen, as built-in checkpoints are
+    reward = rewards.Table(zoo.tfbind8_scores())
+    settings = {"alpha": 0.1, "steps": 4, "truncate": 4, "updates": 2, "batch": 4}
+    tuned = drakes(pipe, reward, progress=False, **settings)
+    pairs = zip(tuned.pipe.denoiser.parameters(), pipe.denoiser.parameters(), strict=True)
+    assert all(not torch.equal(a, b) for a, b in pairs)
+    assert not any(p.requires_grad for p in pipe.denoiser.parameters())
