@@ -299,7 +299,7 @@ def search(task: Task, budgets: dict[int, int]) -> dict:
 
 # --- tuning ----------------------------------------------------------------------------------
 
-TUNING = {"truncate": STEPS, "tau": 0.5, "batch": 64, "updates": 400, "lr": 1e-3}
+TUNING = {"truncate": STEPS, "tau": 0.5, "batch": 64, "updates": 300, "lr": 1e-3}
 PUBLISHED_ALPHA = {10.0: 0.03, 20.0: 0.01}
 
 
