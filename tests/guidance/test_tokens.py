@@ -245,7 +245,7 @@ class Asked:
 @pytest.mark.parametrize("guidance", [
     FlowChef(), FlowChef(jacobian="full"), FlowChef(rule="polyak"), DPS(), MPGD(), FlowDPS(),
     FreeDoM(travel=1), ClassifierGuidance(lambda x, t, row: x.sum(1)),
-], ids=str)  # fmt: skip
+], ids=lambda g: type(g).__name__)  # fmt: skip
 def test_other_guidances_are_refused_before_the_first_row(kind, guidance):
     model = replace(token_chain(kind), denoiser=Asked())
     with pytest.raises(TypeError, match="Twist bends steps of tokens too"):
