@@ -275,7 +275,7 @@ def assemble(
         if draws is None:
             picked, times = here, torch.ones(len(here), dtype=torch.int64)
         elif found.ranked:
-            picked = here[:draws]
+            picked = _unlike(engine, found.id, here)[:draws]
             times = torch.ones(len(picked), dtype=torch.int64)
         else:
             key = child_key(root_key(spec.seed, torch.tensor([r])), _DRAW)
@@ -323,6 +323,18 @@ def assemble(
         _draws=draws,
         _also=also,
     )
+
+
+def _unlike(engine: Engine, id: Tensor, ranked: Tensor) -> Tensor:
+    """Of ranked items [K], those whose sequence none before has; of images, which differ, all."""
+    states = engine.states(id[ranked].tolist())
+    if states.is_floating_point():
+        return ranked
+    _, group = states.cpu().unique(dim=0, return_inverse=True)
+    first = torch.full((len(ranked),), len(ranked)).scatter_reduce_(
+        0, group, torch.arange(len(ranked)), "amin"
+    )
+    return ranked[first[first < len(ranked)].sort().values]
 
 
 def _held_out(

@@ -9,9 +9,9 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from samplers import SMC, Ancestral, TreeSampling, load, sample
+from samplers import SMC, Ancestral, BestOfN, TreeSampling, load, sample
 from samplers.view import image_grid, tree_page
-from steering import from_pipeline
+from steering import from_pipeline, rewards, zoo
 from steering.discrete import SCHEDULES
 from steering.models.sequence_denoiser import SequenceDenoiser
 from steering.models.sequence_pipeline import SequencePipeline
@@ -385,3 +385,14 @@ def test_what_does_not_fit_together_is_refused():
 
 def _never(*_, **__):
     raise AssertionError("it was run")
+
+
+def test_a_search_returns_no_sequence_twice():
+    pipe = zoo.load("tfbind8")
+    model = from_pipeline(pipe, ["ACGTAC__"], steps=4)  # sixteen sequences
+    reward = rewards.Table(zoo.tfbind8_scores())
+    found = sample(model, reward, BestOfN(), nfe=400, draws=10, progress=False)
+    assert len(set(found.texts)) == len(found.texts) == 10
+    assert found.rewards.tolist() == sorted(found.rewards.tolist(), reverse=True)
+    every = sample(model, reward, BestOfN(), nfe=400, progress=False)
+    assert found.texts == list(dict.fromkeys(every.texts))[:10]
