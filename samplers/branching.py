@@ -119,6 +119,8 @@ def levels(branch: Branch, pilot: int, plan: Plan) -> tuple[int, ...]:
     """The steps where nodes are planted: explicit ones, the paper's, the pilot's, or, where there
     is no pilot, those that it usually chooses.
 
+    Not step 0 where all walks start from one state: the root above its nodes is that state already.
+
     Raises:
         ValueError: explicit steps out of range, out of order, or with no stochastic step after one.
     """
@@ -127,14 +129,8 @@ def levels(branch: Branch, pilot: int, plan: Plan) -> tuple[int, ...]:
     if isinstance(branch, str):
         shares = LEVELS if branch == "auto" else EVEN
         steps = sorted({round(share * plan.steps) for share in shares} - {plan.steps})
-        # where all walks start from one state, the root above its nodes is that state already
         steps = tuple(i for i in steps if plan.stochastic[i:].any() and (i or plan.varied))
         return chosen(steps, plan.steps, USUAL) if branch == "auto" and not pilot else steps
-    if branch[:1] == (0,) and not plan.varied:
-        raise ValueError(
-            f"branch={branch!r}: every walk of this chain starts from one state, where the tree's "
-            "root branches already: leave step 0 out."
-        )
     for before, i in zip((-1, *branch), branch, strict=False):
         if not before < i < plan.steps:
             raise ValueError(
@@ -145,7 +141,7 @@ def levels(branch: Branch, pilot: int, plan: Plan) -> tuple[int, ...]:
                 f"branch={branch!r}: no step from {i} on draws noise, so siblings would be equal. "
                 "Branch earlier, or make the chain stochastic (eta > 0)."
             )
-    return branch
+    return branch if plan.varied else tuple(i for i in branch if i)
 
 
 def leaves_in_flight(parallel: int | None, plan: Plan, looks: tuple[int, ...]) -> int:

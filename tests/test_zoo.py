@@ -42,7 +42,7 @@ def test_checkpoints_are_small():
 
 def test_no_pickled_weights():
     ends = {path.suffix for name in zoo.names() for path in (FOLDER / name).rglob("*.*")}
-    assert ends <= {".safetensors", ".json", ".jsonl", ".md"}
+    assert ends <= {".safetensors", ".json", ".jsonl", ".md", ".txt"}
 
 
 def test_logs_are_thin_and_their_learning_rate_ends_at_zero():
@@ -243,7 +243,7 @@ def test_dna_model_writes_bases_by_cell_type():
     assert (pipe.alphabet, pipe.length, pipe.classes) == ("ACGT", 200, len(CELLS))
     rng = torch.Generator().manual_seed(0)
     drawn = [
-        pipe([label] * 24, num_inference_steps=12, generator=rng, output_type="pt").sequences
+        pipe([label] * 24, 12, guidance_scale=6.0, generator=rng, output_type="pt").sequences
         for label in (CELLS.index("HepG2"), CELLS.index("K562"))
     ]
     with torch.inference_mode():
