@@ -86,8 +86,7 @@ class Result:
         Raises:
             TypeError: items that are neither images nor clips: use `items`.
         """
-        if self.written:
-            raise TypeError("items of this model are sequences, no images: use .texts.")
+        self.check_pictures()
         return _pictures(middle_frame(self.items))
 
     @property
@@ -112,6 +111,11 @@ class Result:
         if write is None:
             raise TypeError("items of this model are no sequences: use .items.")
         return write(self.items)
+
+    def check_pictures(self) -> None:
+        """TypeError if items are sequences, of which there are no pictures."""
+        if self.written:
+            raise TypeError("items of this model are sequences, no images: use .texts.")
 
     @property
     def written(self) -> bool:
@@ -330,11 +334,10 @@ def _unlike(engine: Engine, id: Tensor, ranked: Tensor) -> Tensor:
     states = engine.states(id[ranked].tolist())
     if states.is_floating_point():
         return ranked
-    _, group = states.cpu().unique(dim=0, return_inverse=True)
-    first = torch.full((len(ranked),), len(ranked)).scatter_reduce_(
-        0, group, torch.arange(len(ranked)), "amin"
-    )
-    return ranked[first[first < len(ranked)].sort().values]
+    first: dict[tuple[int, ...], int] = {}
+    for k, state in enumerate(states.tolist()):
+        first.setdefault(tuple(state), k)
+    return ranked[list(first.values())]
 
 
 def _held_out(

@@ -17,6 +17,7 @@ arXiv 2406.07524; Wang et al., "Remasking discrete diffusion models", arXiv 2503
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -108,7 +109,7 @@ class CategoricalTransition:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenProcess:
+class TokenProcess(ABC):
     """What masked and uniform chains share. Use `MaskedProcess` or `UniformProcess`.
 
     Args:
@@ -160,9 +161,9 @@ class TokenProcess:
         return torch.ones(self.steps, dtype=torch.bool)
 
     @property
+    @abstractmethod
     def states(self) -> int:
         """V, the number of tokens that a site of a state can hold."""
-        raise NotImplementedError
 
     def time(self, i: Tensor) -> Tensor:
         return self.times[i.to(self.times.device)]
@@ -176,12 +177,15 @@ class TokenProcess:
         lost = uniform(child_key(key, 0), (self.length,)) < self.level[i][:, None]
         return torch.where(lost, self.prior(child_key(key, 1)), clean)
 
+    @abstractmethod
     def prior(self, key: Tensor) -> Tensor:
-        raise NotImplementedError
+        """States [N, L] at step 0, for keys [N]."""
 
+    @abstractmethod
     def transition(self, x: Tensor, i: Tensor, clean: Tensor) -> CategoricalTransition:
-        raise NotImplementedError
+        """Law of the states at i + 1, of states x at i [N] and guesses clean [N, L, K]."""
 
+    @abstractmethod
     def expected(self, x: Tensor, i: Tensor, clean: Tensor, value: Tensor) -> Tensor:
         """What each next token says of the clean one: [N, L, V] E[value_c | x, x' = v].
 
@@ -191,7 +195,6 @@ class TokenProcess:
             clean: [N, L, K] log-probabilities of the clean tokens c.
             value: [N, L, K] of each of them.
         """
-        raise NotImplementedError
 
     def weights(self, x: Tensor) -> Tensor:
         """[N, L, V] float32 weights over tokens of states x, hard or relaxed."""

@@ -9,9 +9,9 @@ from torch.nn.functional import one_hot
 from samplers import BestOfN, TreeSearch, sample
 from steering import from_pipeline, rewards, zoo
 from steering.zoo.evaluate_text import Check, held_out_windows
+from steering.zoo.sequence_training import masked_bound
 from steering.zoo.train_text import ALPHABET, LENGTH
 from steering.zoo.train_text_judge import garbled, shuffled
-from steering.zoo.training import masked_bound
 
 
 @pytest.fixture(scope="module")

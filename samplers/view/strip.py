@@ -25,8 +25,7 @@ def strip(result: Result, index: int = 0) -> Image.Image:
         TypeError: items are sequences.
     """
     tree = result.tree
-    if result.written:
-        raise TypeError("items of this model are sequences, no images: use .texts.")
+    result.check_pictures()
     if tree is None:
         raise ValueError("the result has no tree: TreeSampling and TreeSearch keep the ways.")
     if not 0 <= index < result.distinct:

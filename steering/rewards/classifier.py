@@ -36,10 +36,7 @@ class Classifier(Composable):
     differentiable: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        if not callable(self.net):
-            raise TypeError(
-                f"net={self.net!r} is not callable: give images [N, C, H, W] -> logits."
-            )
+        check_net(self.net, "images [N, C, H, W]")
         if isinstance(self.classes, (int, str)) or not isinstance(self.classes, Sequence):
             raise TypeError(f"classes={self.classes!r}: give a list of class numbers.")
         classes = tuple(self.classes)
@@ -48,8 +45,6 @@ class Classifier(Composable):
         if not classes or len(set(classes)) < len(classes):
             raise ValueError(f"classes={classes}: give at least one class, each once.")
         object.__setattr__(self, "classes", classes)
-        if isinstance(self.net, nn.Module):
-            self.net.eval()
 
     @property
     def name(self) -> str:
@@ -69,8 +64,8 @@ class Classifier(Composable):
         )
 
     def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
-        weights = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
-        logits = self.net(items if weights is None else items.to(weights.device, weights.dtype))
+        # images, even black and white ones of whole numbers, and not tokens
+        logits = logits_of(self.net, items if items.is_floating_point() else items.float())
         if logits.ndim != 2 or logits.shape[1] <= max(self.classes):
             raise TypeError(
                 f"net returned shape {tuple(logits.shape)} and classes={self.classes}: it must "
@@ -78,3 +73,20 @@ class Classifier(Composable):
             )
         log_p = logits.float().log_softmax(1)[:, list(self.classes)]
         return torch.logsumexp(log_p, 1).clamp(max=0)  # rounding must not make p > 1
+
+
+def check_net(net: Any, takes: str) -> None:
+    """TypeError unless `net` can be called; a module is in evaluation mode from now on."""
+    if not callable(net):
+        raise TypeError(f"net={net!r} is not callable: give {takes} -> logits.")
+    if isinstance(net, nn.Module):
+        net.eval()
+
+
+def logits_of(net: Any, items: Tensor) -> Tensor:
+    """What `net` says of items [N, ...], taken to its weights, and floats to their precision."""
+    weights = next(net.parameters(), None) if isinstance(net, nn.Module) else None
+    if weights is not None:
+        items = items.to(weights.device)
+        items = items.to(weights.dtype) if items.is_floating_point() else items
+    return net(items)

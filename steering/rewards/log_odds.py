@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from steering.models.sequence_classifier import log_odds
 from steering.rewards.card import Card
+from steering.rewards.classifier import check_net, logits_of
 from steering.rewards.compose import Composable
 
 
@@ -35,12 +36,9 @@ class LogOdds(Composable):
     differentiable: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        if not callable(self.net):
-            raise TypeError(f"net={self.net!r} is not callable: give items -> logits.")
+        check_net(self.net, "items")
         if type(self.label) is not int or self.label < 0:
             raise ValueError(f"label={self.label!r}: give a class number, 0 or more.")
-        if isinstance(self.net, nn.Module):
-            self.net.eval()
 
     @property
     def name(self) -> str:
@@ -60,11 +58,7 @@ class LogOdds(Composable):
         )
 
     def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
-        weights = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
-        if weights is not None:
-            items = items.to(weights.device)
-            items = items.to(weights.dtype) if items.is_floating_point() else items
-        logits = self.net(items)
+        logits = logits_of(self.net, items)
         if logits.ndim != 2 or logits.shape[1] <= max(self.label, 1):
             raise TypeError(
                 f"net returned shape {tuple(logits.shape)} and label={self.label}: it must return "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from steering.rewards.card import Card
 from steering.rewards.compose import Composable
-from steering.rewards.pil import arguments, ask
+from steering.rewards.functions import Function, ask, card_of, name_of
 
 
 @dataclass(frozen=True)
@@ -28,22 +27,15 @@ class FromText(Composable):
         name: for tables.
     """
 
-    function: Callable[..., Sequence[float | None] | Tensor]
+    function: Function
     write: Callable[[Tensor], list[str]]
     name: str
     differentiable: bool = field(default=False, init=False)
 
     @property
     def card(self) -> Card:
-        """Facts; of a function of the user's they are few."""
-        return Card(
-            higher=f"{self.name} says so",
-            range=(-math.inf, math.inf),
-            differentiable=False,
-            memory=None,
-            source="a function of the user's",
-            notes="of guesses on the way it reads the likeliest tokens",
-        )
+        """Facts."""
+        return card_of(self.name, "of guesses on the way it reads the likeliest tokens")
 
     def __call__(self, items: Tensor, prompts: Sequence[Any]) -> Tensor:
         return ask(self.function, self.name, "text", self.write, items, prompts)
@@ -76,12 +68,6 @@ def from_text(model: Any) -> Callable[[Callable[..., Any]], FromText]:
         )
 
     def reward(function: Callable[..., Any]) -> FromText:
-        if not callable(function) or arguments(function) == 0:
-            raise TypeError(
-                f"{function!r}: from_text takes a function of (texts) or (texts, prompts)."
-            )
-        return FromText(
-            function, model.write, getattr(function, "__name__", type(function).__name__)
-        )
+        return FromText(function, model.write, name_of(function, "from_text", "texts"))
 
     return reward

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from steering import zoo
 from steering.metrics import NGram
+from steering.zoo.sequence_training import masked_bound
 from steering.zoo.train_text import LENGTH, windows
-from steering.zoo.training import masked_bound
 
 PROMPTS = ("in the beginning ", "and the king ", "behold, i will ")
 SHOWN = 4

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from steering.metrics.sequences import kmer_counts
 from steering.models.sequence_denoiser import SequenceDenoiser
-from steering.models.sequence_pipeline import SequencePipeline
-from steering.models.token_scheduler import TokenScheduler
 from steering.zoo.dna_sites import (
     ALPHABET,
     CELLS,
@@ -31,7 +29,7 @@ from steering.zoo.dna_sites import (
     read_sites,
     reverse_complement,
 )
-from steering.zoo.training import fit, masked_bound
+from steering.zoo.sequence_training import fit_masked
 
 PEAK_LR = 3e-3
 UNLABELLED = 0.15
@@ -55,31 +53,21 @@ def train(data: Path, minutes: float, out: Path, seed: int) -> None:
     """Train for so many minutes of wall time, this and earlier starts together."""
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(seed)
-    # weights are initialised by the global generator: seed it here, and leave it as it was
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        denoiser = build_denoiser()
     every = read_sites(data)
     sites = every.of("train")
     out.mkdir(parents=True, exist_ok=True)
     save_file(words(every), out / "words.safetensors")
 
-    def loss(rows: Tensor) -> Tensor:
+    def batch_of(rows: Tensor) -> tuple[Tensor, Tensor]:
         x, label = sites.tokens[rows].long(), sites.cell[rows]
         turned = torch.rand(len(x), generator=rng) < 0.5
         x = torch.where(turned[:, None], reverse_complement(x), x)
         dropped = torch.rand(len(x), generator=rng) < UNLABELLED
-        label = label.masked_fill(dropped, len(CELLS))
-        return masked_bound(denoiser, x, rng, label).mean() / LENGTH
+        return x, label.masked_fill(dropped, len(CELLS))
 
-    def save(weights: dict[str, Tensor]) -> None:
-        averaged = build_denoiser()
-        averaged.load_state_dict(weights)
-        SequencePipeline(
-            averaged.half(), TokenScheduler(len(ALPHABET)), ALPHABET, LENGTH
-        ).save_pretrained(out)
-
-    fit(denoiser, loss, len(sites), save, out, minutes, PEAK_LR, rng)
+    fit_masked(
+        build_denoiser, batch_of, len(sites), ALPHABET, LENGTH, out, minutes, PEAK_LR, rng, seed
+    )
 
 
 def main() -> None:

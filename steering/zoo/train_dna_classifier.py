@@ -12,16 +12,14 @@ about guesses, too. Chromosome 2 is watched, chromosome 1 measured once at the e
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from steering.models.sequence_classifier import SequenceClassifier, log_odds
+from steering.zoo.classifier_training import fit_epochs, save_classifier
 from steering.zoo.dna_sites import CELLS, Sites, read_sites
 
 BATCH = 128
@@ -66,47 +64,25 @@ def train(sites: Sites, name: str, epochs: int, out: Path, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     own = sites.where(torch.tensor([c in CHROMOSOMES[name] for c in sites.chromosome]))
     held_out = {"val": sites.of("val"), "test": sites.of("test")}
+
+    def loss_of(rows: Tensor) -> Tensor:
+        weights = one_hot(own.tokens[rows].long(), 4).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(hidden(weights, rng))
+        return cross_entropy(logits.float(), own.cell[rows])
+
+    def watch(epoch: int) -> dict[str, dict[str, float]]:
+        # chromosome 2 is watched, never selected on
+        found = {"val_areas": areas(model, held_out["val"])}
+        return found | ({"test_areas": areas(model, held_out["test"])} if epoch == epochs else {})
+
     # weights and dropout draw from the global generator: seed it here, and leave it as it was
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = SequenceClassifier(classes=len(CELLS))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=3e-2, fused=True)
-        total = epochs * (len(own) // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total, pct_start=0.15)
-        lines = []
-        for epoch in range(epochs):
-            model.train()
-            losses = torch.zeros(())
-            batches = torch.randperm(len(own), generator=rng).split(BATCH)[: len(own) // BATCH]
-            for batch in batches:
-                weights = one_hot(own.tokens[batch].long(), 4).float()
-                with torch.autocast("cpu", torch.bfloat16):
-                    logits = model(hidden(weights, rng))
-                loss = cross_entropy(logits.float(), own.cell[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                losses += loss.detach()
-            model.eval()
-            # the last epoch is the one that ships: chromosome 2 is watched, never selected on
-            line = {
-                "epoch": epoch + 1,
-                "loss": round(losses.item() / len(batches), 5),
-                "val_areas": areas(model, held_out["val"]),
-                "cpu_seconds": round(time.process_time(), 1),
-            }
-            if epoch == epochs - 1:
-                line["test_areas"] = areas(model, held_out["test"])
-            lines.append(json.dumps(line))
-            print(name, len(own), "sites", lines[-1], flush=True)
-    folder = out / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
-    # the number of batches a norm has seen stays an integer
-    state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+        told = f"{name} {len(own)} sites "
+        lines = fit_epochs(model, loss_of, len(own), BATCH, epochs, PEAK_LR, 3e-2, rng, watch, told)
+    save_classifier(model, lines, out / name, torch.float16)
 
 
 def main() -> None:

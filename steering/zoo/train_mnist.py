@@ -19,7 +19,7 @@ from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 
-from steering.zoo.training import fit
+from steering.zoo.training import fit, seeded
 
 PEAK_LR = 2e-3
 
@@ -83,10 +83,7 @@ def train(data: Path, minutes: float, threads: int, out: Path, seed: int) -> Non
     rng = torch.Generator().manual_seed(seed)
     with np.load(data / "mnist.npz") as arrays:
         images = torch.from_numpy(arrays["x_train"])[:, None]
-    # weights are initialised by the global generator: seed it here, and leave it as it was
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        unet = build_unet()
+    unet = seeded(build_unet, seed)
     alpha_bar = build_scheduler().alphas_cumprod
 
     def loss(rows: Tensor) -> Tensor:

@@ -9,9 +9,7 @@ images) and `mnist_slice.safetensors` (the first 25 test images of each class) i
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from steering.models.classifier import Classifier
+from steering.zoo.classifier_training import fit_epochs, save_classifier
+from steering.zoo.training import seeded
 
 BATCH = 128
 PEAK_LR = 3e-3
@@ -74,41 +74,19 @@ def train(data: Path, epochs: int, out: Path, seed: int) -> None:
         x, x_test = (torch.from_numpy(arrays[k]) for k in ("x_train", "x_test"))
         y, y_test = (torch.from_numpy(arrays[k]).long() for k in ("y_train", "y_test"))
     folder = out / "mnist-classifier"
-    folder.mkdir(parents=True, exist_ok=True)
-    # weights are initialised by the global generator: seed it here, and leave it as it was
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = Classifier()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=1e-2, fused=True)
-    total = epochs * (len(x) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total, pct_start=0.15)
-    lines = []
-    for epoch in range(epochs):
-        model.train()
-        loss_sum = torch.zeros(())
-        batches = torch.randperm(len(x), generator=rng).split(BATCH)[: len(x) // BATCH]
-        for batch in batches:
-            clean = x[batch][:, None].float() / 255
-            loss = F.cross_entropy(model(augment(clean, rng)), y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            loss_sum += loss.detach()
-        model.eval()
-        # watched, never selected on: the last epoch is the one that ships
+    model = seeded(Classifier, seed)
+
+    def loss_of(rows: Tensor) -> Tensor:
+        clean = x[rows][:, None].float() / 255
+        return F.cross_entropy(model(augment(clean, rng)), y[rows])
+
+    def watch(epoch: int) -> dict[str, float]:
+        # watched, never selected on
         correct = (outputs(model, x_test)[1] == y_test).double().mean()
-        line = {
-            "epoch": epoch + 1,
-            "loss": round(loss_sum.item() / len(batches), 5),
-            "test_accuracy": round(correct.item(), 4),
-            "cpu_seconds": round(time.process_time(), 1),
-        }
-        lines.append(json.dumps(line))
-        print(lines[-1], flush=True)
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
-    save_file(model.state_dict(), folder / "model.safetensors")
+        return {"test_accuracy": round(correct.item(), 4)}
+
+    lines = fit_epochs(model, loss_of, len(x), BATCH, epochs, PEAK_LR, 1e-2, rng, watch)
+    save_classifier(model, lines, folder)
     for name, images, labels in (("train", x, y), ("test", x_test, y_test)):
         stats = statistics(outputs(model, images)[0], labels)
         save_file(stats, folder / f"{name}_stats.safetensors")

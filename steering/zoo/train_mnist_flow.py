@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import steering.zoo as zoo
 from steering.zoo.train_mnist import build_unet
-from steering.zoo.training import fit
+from steering.zoo.training import fit, seeded
 
 NULL = 10  # the class that stands for none
 DROPPED = 0.12  # share of the rows whose class is left out
@@ -100,10 +100,7 @@ def base(data: Path, out: Path, minutes: float, seed: int, warm: bool) -> None:
     with np.load(data / "mnist.npz") as arrays:
         images = torch.from_numpy(arrays["x_train"])[:, None]
         labels = torch.from_numpy(arrays["y_train"]).long()
-    # weights are initialised by the global generator: seed it here, and leave it as it was
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        unet = build_unet(NULL + 1)
+    unet = seeded(lambda: build_unet(NULL + 1), seed)
     if warm:
         unet.load_state_dict(zoo.load("mnist").unet.state_dict(), strict=False)
         # at first the classes make no difference

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from steering.models.sequence_denoiser import SequenceDenoiser
-from steering.models.sequence_pipeline import SequencePipeline
-from steering.models.token_scheduler import TokenScheduler
-from steering.zoo.training import fit, masked_bound
+from steering.zoo.sequence_training import fit_masked
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz,.;:?'!"
 LENGTH = 64
@@ -72,30 +70,18 @@ def train(data: Path, minutes: float, out: Path, seed: int) -> None:
     """Train for so many minutes of wall time, this and earlier starts together."""
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(seed)
-    # weights are initialised by the global generator: seed it here, and leave it as it was
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        denoiser = build_denoiser()
     texts, held_out = chapters(data / "kjv.txt")
     out.mkdir(parents=True, exist_ok=True)
     (out / "held_out.txt").write_text("\n".join(held_out) + "\n")
     characters, starts = windows(texts, SENTENCE_STARTS)
     along = torch.arange(LENGTH)
 
-    def loss(rows: Tensor) -> Tensor:
-        return (
-            masked_bound(denoiser, characters[starts[rows][:, None] + along].long(), rng).mean()
-            / LENGTH
-        )
+    def batch_of(rows: Tensor) -> tuple[Tensor, None]:
+        return characters[starts[rows][:, None] + along].long(), None
 
-    def save(weights: dict[str, Tensor]) -> None:
-        averaged = build_denoiser()
-        averaged.load_state_dict(weights)
-        SequencePipeline(
-            averaged.half(), TokenScheduler(len(ALPHABET)), ALPHABET, LENGTH
-        ).save_pretrained(out)
-
-    fit(denoiser, loss, len(starts), save, out, minutes, PEAK_LR, rng)
+    fit_masked(
+        build_denoiser, batch_of, len(starts), ALPHABET, LENGTH, out, minutes, PEAK_LR, rng, seed
+    )
 
 
 def main() -> None:

@@ -12,18 +12,16 @@ part is masked: so the judge can be asked on the way, too.
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from steering import zoo
 from steering.models.sequence_classifier import SequenceClassifier
+from steering.zoo.classifier_training import fit_epochs, save_classifier
 from steering.zoo.train_text import ALPHABET, LENGTH, SENTENCE_STARTS, chapters, windows
 
 BATCH = 128
@@ -119,45 +117,26 @@ def train(data: Path, out: Path, samples: int, epochs: int, seed: int) -> None:
         "garbled": garbled(real, rng),
     }
     own = written(pipe, draw(samples), rng)
-    # weights are initialised by the global generator: seed it here, and leave it as it was
+    quarter = BATCH // 4
+    label = torch.tensor([1, 1, 0, 0]).repeat(quarter)
+
+    def loss_of(rows: Tensor) -> Tensor:
+        half = quarter // 2
+        bad = torch.cat([shuffled(draw(half), rng), garbled(draw(quarter - half), rng)])
+        # in turn, so that the quarter that is shown as guesses holds some of each
+        x = torch.stack([draw(quarter), draw(quarter), own[rows], bad], 1).flatten(0, 1)
+        return cross_entropy(judge(shown(pipe, x, rng)), label)
+
+    def watch(epoch: int) -> dict[str, float]:
+        # watched, never selected on
+        return {name: round(separation(judge, real, x), 4) for name, x in kinds.items()}
+
+    # weights and dropout draw from the global generator: seed it here, and leave it as it was
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         judge = build_judge()
-        quarter = BATCH // 4
-        total = epochs * (samples // quarter)
-        optimizer = torch.optim.AdamW(judge.parameters(), lr=PEAK_LR, weight_decay=1e-2, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total, pct_start=0.15)
-        label = torch.tensor([1, 1, 0, 0]).repeat(quarter)
-        lines = []
-        for epoch in range(epochs):
-            judge.train()
-            losses = torch.zeros(())
-            batches = torch.randperm(samples, generator=rng).split(quarter)[: samples // quarter]
-            for batch in batches:
-                half = quarter // 2
-                bad = torch.cat([shuffled(draw(half), rng), garbled(draw(quarter - half), rng)])
-                # in turn, so that the quarter that is shown as guesses holds some of each
-                x = torch.stack([draw(quarter), draw(quarter), own[batch], bad], 1).flatten(0, 1)
-                loss = cross_entropy(judge(shown(pipe, x, rng)), label)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                losses += loss.detach()
-            judge.eval()
-            # watched, never selected on: the last epoch is the one that ships
-            line = {
-                "epoch": epoch + 1,
-                "loss": round(losses.item() / len(batches), 5),
-                **{name: round(separation(judge, real, x), 4) for name, x in kinds.items()},
-                "cpu_seconds": round(time.process_time(), 1),
-            }
-            lines.append(json.dumps(line))
-            print(lines[-1], flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "train.jsonl").write_text("\n".join(lines) + "\n")
-    (out / "config.json").write_text(json.dumps(judge.config, indent=2) + "\n")
-    save_file(judge.state_dict(), out / "model.safetensors")
+        lines = fit_epochs(judge, loss_of, samples, quarter, epochs, PEAK_LR, 1e-2, rng, watch)
+    save_classifier(judge, lines, out)
 
 
 def main() -> None:

@@ -20,9 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steering.models.sequence_denoiser import SequenceDenoiser
-from steering.models.sequence_pipeline import SequencePipeline
-from steering.models.token_scheduler import TokenScheduler
-from steering.zoo.training import fit, masked_bound
+from steering.zoo.sequence_training import fit_masked
 
 ALPHABET, LENGTH = "ACGT", 8
 PEAK_LR = 2e-3
@@ -54,10 +52,6 @@ def train(data: Path, minutes: float, out: Path, seed: int) -> None:
     """Train for so many minutes of wall time, this and earlier starts together."""
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(seed)
-    # weights are initialised by the global generator: seed it here, and leave it as it was
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        denoiser = build_denoiser()
     with np.load(data / "tfbind8_six6.npz") as arrays:
         e_score = torch.from_numpy(arrays["e_score"])  # in the order of the letters, last fastest
     out.mkdir(parents=True, exist_ok=True)
@@ -67,17 +61,10 @@ def train(data: Path, minutes: float, out: Path, seed: int) -> None:
     place = len(ALPHABET) ** torch.arange(LENGTH - 1, -1, -1)
     sequences = (drawn[:, None] // place % len(ALPHABET)).to(torch.int8)
 
-    def loss(rows: Tensor) -> Tensor:
-        return masked_bound(denoiser, sequences[rows].long().repeat(MASKS, 1), rng).mean() / LENGTH
+    def batch_of(rows: Tensor) -> tuple[Tensor, None]:
+        return sequences[rows].long().repeat(MASKS, 1), None
 
-    def save(weights: dict[str, Tensor]) -> None:
-        averaged = build_denoiser()
-        averaged.load_state_dict(weights)
-        SequencePipeline(
-            averaged.half(), TokenScheduler(len(ALPHABET)), ALPHABET, LENGTH
-        ).save_pretrained(out)
-
-    fit(denoiser, loss, DRAWS, save, out, minutes, PEAK_LR, rng)
+    fit_masked(build_denoiser, batch_of, DRAWS, ALPHABET, LENGTH, out, minutes, PEAK_LR, rng, seed)
 
 
 def main() -> None:

@@ -11,12 +11,14 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+
+Net = TypeVar("Net", bound=nn.Module)
 
 BATCH = 64
 WARMUP_STEPS = 300
@@ -29,25 +31,14 @@ def learning_rate(peak: float, step: int, fraction: float) -> float:
     return peak * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
-def masked_bound(
-    denoiser: nn.Module, x: Tensor, rng: torch.Generator, label: Tensor | None = None
-) -> Tensor:
-    """[N] nats: an estimate of each sequence's bound -log p(x) <= E[1/t sum of CE at the masked].
+def seeded(build: Callable[[], Net], seed: int) -> Net:
+    """A new network with weights of this seed.
 
-    A site is masked with probability t; t is stratified over the batch, in (0, 1].
-
-    Args:
-        denoiser: a `SequenceDenoiser`, whose mask is the token after the ordinary ones.
-        x: [N, L] int64.
-        rng: of t and of the masks.
-        label: [N] int64, where it takes class labels.
+    Weights are initialised by the global generator, which is left as it was.
     """
-    n, mask = len(x), denoiser.config["tokens"]  # type: ignore[index]
-    t = (torch.arange(n) + 1 - torch.rand(n, generator=rng)) / n
-    masked = torch.rand(x.shape, generator=rng) < t[:, None]
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = denoiser(x.masked_fill(masked, mask), class_labels=label).logits
-    return (cross_entropy(logits.float().mT, x, reduction="none") * masked).sum(1) / t
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build()
 
 
 def save_state(
