@@ -15,6 +15,7 @@ from steering.finetune.loop import (
     Figures,
     Tuned,
     accelerator_of,
+    adam,
     check_numbers,
     copied,
     fit,
@@ -137,13 +138,14 @@ def distill(
             gradient,
             watch,
             told,
-            accelerator,
+            adam(network, lr),
             updates=updates,
-            lr=lr,
             clip=clip,
             every=every,
             out=out,
             progress=progress,
+            advice="Lower lr.",
+            accelerator=accelerator,
         )
 
 

@@ -17,6 +17,7 @@ from steering.finetune.loop import (
     Figures,
     Tuned,
     accelerator_of,
+    adam,
     check_counts,
     check_numbers,
     copied,
@@ -188,13 +189,14 @@ def drakes(
             gradient,
             watch,
             told,
-            accelerator,
+            adam(network, lr),
             updates=updates,
-            lr=lr,
             clip=clip,
             every=every,
             out=out,
             progress=progress,
+            advice="Look at the reward of such sequences, lower lr, or raise alpha.",
+            accelerator=accelerator,
         )
 
 

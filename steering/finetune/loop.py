@@ -6,16 +6,17 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from steering.pipelines.request import networks
 
@@ -90,6 +91,11 @@ def copied(pipe: Any) -> tuple[Any, nn.Module, nn.Module]:
     return mine, network, original
 
 
+def adam(network: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Adam (arXiv 1412.6980) of the weights that require gradients."""
+    return torch.optim.Adam((p for p in network.parameters() if p.requires_grad), lr, fused=True)
+
+
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
     """No weight of a network gathers gradients inside; all as it was found afterwards."""
@@ -135,16 +141,20 @@ def fit(
     gradient: Callable[[int], Figures],
     watch: Callable[[], Figures],
     told: dict[str, Any],
-    accelerator: Any,
+    optimizer: torch.optim.Optimizer,
     *,
     updates: int,
-    lr: float,
     clip: float,
     every: int,
     out: str | Path | None,
     progress: bool,
+    advice: str,
+    accelerator: Any = None,
+    rate: Callable[[int], float] | None = None,
+    more: Mapping[str, Tensor] = MappingProxyType({}),
+    label: str = "",
 ) -> Tuned:
-    """Adam, with updates left out that are not finite, on one process or several.
+    """Updates of an optimiser, left out where they are not finite, on one process or several.
 
     Args:
         pipe: whose network is tuned.
@@ -153,13 +163,18 @@ def fit(
             it saw. A pure function of that number and the weights.
         watch: looks at the model as it is, at every checkpoint.
         told: all that decides the run, for `out`.
-        accelerator: see `accelerator_of`; gradients are averaged over its processes.
+        optimizer: of the weights that require gradients.
         updates: how many, those of an earlier run in `out` included.
-        lr: learning rate.
         clip: longest gradient; longer ones are shortened to it.
         every: updates between two checkpoints.
         out: folder of checkpoints, from which the run goes on; None keeps none.
         progress: show a bar.
+        advice: what to do where updates are not finite.
+        accelerator: see `accelerator_of`; gradients are averaged over its processes. None: this
+            process is alone with its network.
+        rate: number of an update -> its share of the optimiser's learning rates. None: all of it.
+        more: tensors that belong to the state, too; changed in place as the run goes on.
+        label: of the bar.
 
     Raises:
         NotFiniteError: several updates in a row were not finite.
@@ -168,23 +183,28 @@ def fit(
     from tqdm.auto import tqdm
 
     weights: Weights = {n: p for n, p in network.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.Adam(weights.values(), lr=lr, fused=True)
-    alone, main = accelerator.num_processes == 1, accelerator.is_main_process
+    alone = accelerator is None or accelerator.num_processes == 1
+    main = accelerator is None or accelerator.is_main_process
     folder, history = None if out is None else Path(out), list[dict[str, Any]]()
     if folder is not None:
-        with accelerator.main_process_first():  # which cuts the history where the others read it
-            history = _resumed(folder, weights, optimizer, told, main)
+        # the main process cuts the history, where the others read it
+        with nullcontext() if accelerator is None else accelerator.main_process_first():
+            history = _resumed(folder, weights, optimizer, told, main, more)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     tuned, failed = Tuned(pipe, history), 0
     shown = tqdm(
         total=updates,
         initial=len(history),
         unit="update",
+        desc=label or None,
         mininterval=1.0,
         disable=not (progress and main),
     )
     with shown as bar:
         for number in range(len(history), updates):
             began = time.perf_counter()
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * (1.0 if rate is None else rate(number))
             optimizer.zero_grad()
             seen = gradient(number)
             if not alone:
@@ -207,15 +227,15 @@ def fit(
                 with (folder / _HISTORY).open("a") as f:
                     f.write(json.dumps(_plain(line)) + "\n")
                 if due:
-                    _save(folder / _STATE, weights, optimizer, number + 1)
+                    _save(folder / _STATE, weights, optimizer, number + 1, more)
             if failed == _PATIENCE:
                 bad = [name for name, v in line.items() if isinstance(v, float) and v != v]
                 optimizer.zero_grad()
                 kept = "" if folder is None else f" The last good checkpoint is in {folder}."
                 raise NotFiniteError(
                     f"{_PATIENCE} updates in a row, the last of them number {number + 1}, were "
-                    f"not finite ({', '.join(bad) or 'infinite'}), and were left out.{kept} Look "
-                    "at the reward of such sequences, lower lr, or raise alpha.",
+                    f"not finite ({', '.join(bad) or 'infinite'}), and were left out.{kept} "
+                    f"{advice}",
                     tuned,
                 )
     optimizer.zero_grad()
@@ -241,6 +261,7 @@ def _resumed(
     optimizer: torch.optim.Optimizer,
     told: dict[str, Any],
     main: bool,
+    more: Mapping[str, Tensor],
 ) -> list[dict[str, Any]]:
     """The history of an earlier run in a folder up to its checkpoint, whose state is restored.
 
@@ -260,17 +281,24 @@ def _resumed(
     elif main:
         folder.mkdir(parents=True, exist_ok=True)
         settings.write_text(json.dumps(told, indent=1) + "\n")
-    done = _load(state, weights, optimizer) if state.exists() else 0
-    lines = log.read_text().splitlines()[:done] if log.exists() else []
-    if main:
+    done = _load(state, weights, optimizer, more) if state.exists() else 0
+    written = log.read_text().splitlines() if log.exists() else []
+    lines = written[:done]
+    if main and lines != written:  # others may be reading what is as it should be
         log.write_text("".join(line + "\n" for line in lines))
     return [
         {k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines
     ]
 
 
-def _save(path: Path, weights: Weights, optimizer: torch.optim.Optimizer, done: int) -> None:
-    tensors = {}
+def _save(
+    path: Path,
+    weights: Weights,
+    optimizer: torch.optim.Optimizer,
+    done: int,
+    more: Mapping[str, Tensor],
+) -> None:
+    tensors = {f"more/{name}": t.contiguous() for name, t in more.items()}
     for name, p in weights.items():
         tensors[f"weight/{name}"] = p.detach().contiguous()
         for key, value in optimizer.state[p].items():
@@ -281,9 +309,13 @@ def _save(path: Path, weights: Weights, optimizer: torch.optim.Optimizer, done: 
 
 
 @torch.no_grad()
-def _load(path: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> int:
+def _load(
+    path: Path, weights: Weights, optimizer: torch.optim.Optimizer, more: Mapping[str, Tensor]
+) -> int:
     """Restore what `_save` wrote, in place; returns how many updates were done."""
     tensors = load_file(path)
+    for name, t in more.items():
+        t.copy_(tensors[f"more/{name}"])
     for name, p in weights.items():
         p.copy_(tensors[f"weight/{name}"])
         moments = {key: tensors[f"adam/{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
