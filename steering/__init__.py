@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from steering import cfg, editing, finetune, guidance, metrics, operators, rewards, zoo
     from steering.editing import FlowChefEdit, flow_edit
     from steering.pipelines.masked_lm import from_masked_lm
+    from steering.pipelines.noprop import from_noprop
     from steering.pipelines.steered import steer
     from steering.rewards.measure import measure
 
@@ -38,6 +39,7 @@ __all__ = [
     "finetune",
     "flow_edit",
     "from_masked_lm",
+    "from_noprop",
     "from_pipeline",
     "guidance",
     "jacobian_cosine",
@@ -54,6 +56,7 @@ _FUNCTIONS = {
     "FlowChefEdit": "steering.editing",
     "flow_edit": "steering.editing",
     "from_masked_lm": "steering.pipelines.masked_lm",
+    "from_noprop": "steering.pipelines.noprop",
     "measure": "steering.rewards.measure",
     "steer": "steering.pipelines.steered",
 }

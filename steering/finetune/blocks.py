@@ -98,7 +98,7 @@ def alone(blocks: Sequence[nn.Module], mine: int) -> Iterator[None]:
 def train_blocks(
     rule: LocalRule,
     *,
-    epochs: int,
+    epochs: float,
     batch: int = 128,
     lr: float = 1e-3,
     decay: float = 1e-3,
@@ -122,7 +122,7 @@ def train_blocks(
 
     Args:
         rule: what is learned; its network is on the device it is trained on.
-        epochs: of every block.
+        epochs: of every block; may be a fraction.
         batch: examples of an update.
         lr: highest learning rate.
         decay: of weights.
@@ -142,8 +142,8 @@ def train_blocks(
         LocalityError: a gradient would have crossed a block.
         NotFiniteError: several updates of a block in a row were not finite.
     """
-    check_counts(epochs=epochs, batch=batch)
-    check_numbers(lr=lr, clip=clip, above=True)
+    check_counts(batch=batch)
+    check_numbers(epochs=epochs, lr=lr, clip=clip, above=True)
     check_numbers(decay=decay, average=average)
     every, count = rule.rows // batch, len(rule.blocks)
     if not every:
@@ -169,7 +169,7 @@ def train_blocks(
         folder = None if out is None else Path(out) / f"block-{k:02d}"
         with alone(rule.blocks, k):
             histories[k] = _train(
-                rule, k, every, epochs * every, batch, lr, decay, average, clip, seed,
+                rule, k, every, max(1, round(epochs * every)), batch, lr, decay, average, clip, seed,
                 told | {"block": k}, folder, shown, accelerator,
             )  # fmt: skip
 

@@ -31,7 +31,7 @@ def noprop(
     images: Tensor,
     labels: Tensor,
     *,
-    epochs: int,
+    epochs: float,
     loss: Loss = "cross-entropy",
     weighting: Weighting = "uniform",
     limit: float = 5.0,
@@ -114,9 +114,7 @@ class NoPropRule:
         if self.objective not in ("cross-entropy", "squared"):
             raise ValueError(f"loss={self.objective!r}: give 'cross-entropy' or 'squared'.")
         if self.weighting not in ("uniform", "snr", "clamped"):
-            raise ValueError(
-                f"weighting={self.weighting!r}: give 'uniform', 'snr' or 'clamped'."
-            )
+            raise ValueError(f"weighting={self.weighting!r}: give 'uniform', 'snr' or 'clamped'.")
         check_numbers(limit=self.limit, above=True)
         output = self.network.config["output"]
         if self.objective == "cross-entropy" and output != "probabilities":
@@ -314,7 +312,7 @@ def learn_embedding(
     images: Tensor,
     labels: Tensor,
     *,
-    epochs: int = 1,
+    epochs: float = 1,
     batch: int = 128,
     lr: float = 1e-3,
     seed: int = 0,
@@ -368,9 +366,7 @@ class _EmbeddingRule:
         embedding = self.probe.label_embedding
         y, n = self.labels[numbers].to(embedding.device), len(numbers)
         u = embedding[y]
-        noise, other = (
-            torch.randn(n, u.shape[1], generator=rng).to(u) for _ in range(2)
-        )
+        noise, other = (torch.randn(n, u.shape[1], generator=rng).to(u) for _ in range(2))
         t = ((torch.arange(n) + torch.rand(n, generator=rng)) / n).to(u)
         features = self.probe.blocks[0].encode(unit(self.images[numbers]).to(u.device))
         z = t.sqrt()[:, None] * u + (1 - t).sqrt()[:, None] * noise

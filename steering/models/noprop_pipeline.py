@@ -88,7 +88,9 @@ class NoPropPipeline(DiffusionPipeline):
             ValueError: an argument that is wrong, by name.
         """
         network, scheduler, device = self.network, self.scheduler, self._execution_device
-        steps = check_steps(network, self.steps if num_inference_steps is None else num_inference_steps)
+        steps = check_steps(
+            network, self.steps if num_inference_steps is None else num_inference_steps
+        )
         features = network.encode(images.to(device, network.dtype))
         shape = (len(images), network.label_embedding.shape[1])
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
