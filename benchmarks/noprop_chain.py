@@ -40,7 +40,8 @@ class EndToEnd:
         images = unit(self.images[numbers]).to(embedding.device)
         n, logits = len(numbers), None
         z = torch.randn(n, embedding.shape[1], generator=rng).to(embedding)
-        for k, part in enumerate(self.network.blocks):
+        for k in range(self.network.steps):
+            part = self.network.block(k)
             i = torch.full((n,), k, device=embedding.device)
             logits = part(z, i, part.encode(images)).float()
             step = self.chain.transition(z, i, self.network.guess(logits))

@@ -146,6 +146,7 @@ def train_blocks(
     check_numbers(epochs=epochs, lr=lr, clip=clip, above=True)
     check_numbers(decay=decay, average=average)
     every, count = rule.rows // batch, len(rule.blocks)
+    updates = max(1, round(epochs * every))
     if not every:
         raise ValueError(f"batch={batch} is more than there is: give {rule.rows} at most.")
     if average >= 1:
@@ -169,7 +170,7 @@ def train_blocks(
         folder = None if out is None else Path(out) / f"block-{k:02d}"
         with alone(rule.blocks, k):
             histories[k] = _train(
-                rule, k, every, max(1, round(epochs * every)), batch, lr, decay, average, clip, seed,
+                rule, k, every, updates, batch, lr, decay, average, clip, seed,
                 told | {"block": k}, folder, shown, accelerator,
             )  # fmt: skip
 

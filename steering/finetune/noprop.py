@@ -23,6 +23,8 @@ Loss = Literal["cross-entropy", "squared"]
 Weighting = Literal["uniform", "snr", "clamped"]
 _WATCHED = 1000  # examples
 _PER_CLASS = 500  # examples that prototypes are chosen among
+# Adam does not see the scale of a gradient; clipping, which is over all weights together, would
+_SCHEDULE = 1e-3
 _APART = 0.9  # alpha_bar at which embeddings that are learned are told apart
 
 
@@ -126,11 +128,11 @@ class NoPropRule:
         if self.test is not None:
             check_examples(self.network, "test[0]", self.test[0], "test[1]", self.test[1])
 
-    @cached_property
+    @property
     def blocks(self) -> Sequence[nn.Module]:
         """The network's blocks; that of "ct" has the schedule."""
         if self.network.schedule is None:
-            return self.network.blocks
+            return [*self.network.blocks]
         return [nn.ModuleList([self.network.blocks[0], self.network.schedule])]
 
     @property
@@ -160,13 +162,13 @@ class NoPropRule:
         noise = torch.randn(n, net.label_embedding.shape[1], generator=rng).to(device)
         # stratified: the loss depends on the time
         spread = (torch.arange(n) + torch.rand(n, generator=rng)) / n
-        features = net.blocks[block].encode(unit(images).to(device))
+        features = net.block(block).encode(unit(images).to(device))
         u = net.label_embedding[y]
         if net.config["variant"] == "fm":
             t = spread.to(device)
             z, timestep = t[:, None] * u + (1 - t)[:, None] * noise, 1000 * (1 - t)
             weight = 1 / (1 - t).clamp(min=1e-3).square()
-            logits = net.blocks[block](z, timestep, features)
+            logits = net.block(block)(z, timestep, features)
             if net.config["output"] == "velocity":
                 return (net.guess(logits).float() - (u - noise)).square().sum(1).mean()
         elif net.config["variant"] == "ct":
@@ -174,7 +176,7 @@ class NoPropRule:
             t = spread.to(device)
             gamma, slope = net.schedule(t)
             timestep = 1000 * (1 - t)
-            logits = net.blocks[block](_noised(gamma.detach(), u, noise), timestep, features)
+            logits = net.block(block)(_noised(gamma.detach(), u, noise), timestep, features)
             weight = (-slope * (-gamma).exp() / 2).detach()
             schedule = self._schedule_loss(gamma, slope, u, noise, timestep, features.detach())
             return self._of(logits, u, y, weight) + schedule
@@ -182,7 +184,7 @@ class NoPropRule:
             level = self._alpha_bar[block].to(device)
             z = level.sqrt() * u + (1 - level).sqrt() * noise
             weight = self.weights[block].to(device).expand(n)
-            logits = net.blocks[block](z, torch.zeros(n, device=device), features)
+            logits = net.block(block)(z, torch.zeros(n, device=device), features)
         return self._of(logits, u, y, weight)
 
     def _of(self, logits: Tensor, u: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -211,12 +213,12 @@ class NoPropRule:
         to the schedule, and to nothing else."""
         net = self.network
         assert net.schedule is not None
-        logits = net.blocks[0](_noised(gamma, u, noise), timestep, features).float()
+        logits = net.block(0)(_noised(gamma, u, noise), timestep, features).float()
         bound = -slope * (-gamma).exp() / 2 * (net.guess(logits) - u).square().sum(1)
         spread = bound.square().mean() / bound.detach().mean().square().clamp(min=1e-12)
         weights = list(net.schedule.parameters())
         gradients = torch.autograd.grad(spread, weights)
-        term = sum((w * g).sum() for w, g in zip(weights, gradients, strict=True))
+        term = _SCHEDULE * sum((w * g).sum() for w, g in zip(weights, gradients, strict=True))
         assert isinstance(term, Tensor)
         return term - term.detach()
 
@@ -227,12 +229,12 @@ class NoPropRule:
         net = self.network
         images, y = self.test[0][:_WATCHED], self.test[1][:_WATCHED]
         device = net.label_embedding.device
-        features = net.blocks[block].encode(unit(images).to(device))
+        features = net.block(block).encode(unit(images).to(device))
         # from pure noise, all that is left to go by is the image
         rng = torch.Generator().manual_seed(0)
         noise = torch.randn(len(y), net.label_embedding.shape[1], generator=rng).to(device)
         timestep = torch.full((len(y),), 1000.0, device=device)
-        right = net.blocks[block](noise, timestep, features).argmax(-1).cpu() == y
+        right = net.block(block)(noise, timestep, features).argmax(-1).cpu() == y
         return {"accuracy": float(right.double().mean())}
 
     @cached_property
@@ -353,9 +355,9 @@ class _EmbeddingRule:
 
     def __init__(self, network: NoPropDenoiser, images: Tensor, labels: Tensor) -> None:
         settings = {k: v for k, v in network.config.items() if not k.startswith("_")}
-        probe = type(network)(**{**settings, "steps": 1, "output": "probabilities"})
-        probe.label_embedding = network.label_embedding  # the same parameter
-        self.probe = probe.to(network.label_embedding.device)
+        self.probe = type(network)(**{**settings, "steps": 1, "output": "probabilities"})
+        self.probe.label_embedding = network.label_embedding  # the same parameter
+        self.probe.blocks.to(network.label_embedding.device)
         self.blocks = [self.probe]
         self.images, self.labels, self.rows = images, labels, len(images)
 
@@ -368,9 +370,9 @@ class _EmbeddingRule:
         u = embedding[y]
         noise, other = (torch.randn(n, u.shape[1], generator=rng).to(u) for _ in range(2))
         t = ((torch.arange(n) + torch.rand(n, generator=rng)) / n).to(u)
-        features = self.probe.blocks[0].encode(unit(self.images[numbers]).to(u.device))
+        features = self.probe.block(0).encode(unit(self.images[numbers]).to(u.device))
         z = t.sqrt()[:, None] * u + (1 - t).sqrt()[:, None] * noise
-        guess = self.probe.guess(self.probe.blocks[0](z, 1000 * (1 - t), features).float())
+        guess = self.probe.guess(self.probe.block(0)(z, 1000 * (1 - t), features).float())
         apart = _APART**0.5 * u + (1 - _APART) ** 0.5 * other
         far = torch.cdist(apart, _APART**0.5 * embedding).square() / (2 * (1 - _APART))
         return (guess - u).square().sum(1).mean() + F.cross_entropy(-far, y)

@@ -8,6 +8,7 @@ Imports diffusers, so that it is itself imported only where it is used.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -48,7 +49,7 @@ class BlockwiseUNet2D(ModelMixin, ConfigMixin):
         num_class_embeds: int | None = None,
     ) -> None:
         super().__init__()
-        if len(bounds) < 2 or not all(a < b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if len(bounds) < 2 or not all(a < b for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"bounds={list(bounds)}: give increasing timesteps, two at least.")
         self.blocks = nn.ModuleList(
             UNet2DModel(
@@ -70,7 +71,9 @@ class BlockwiseUNet2D(ModelMixin, ConfigMixin):
     @property
     def class_embedding(self) -> nn.Module | None:
         """Of the first block; None where the network takes no labels."""
-        return self.blocks[0].class_embedding
+        first = self.blocks[0]
+        assert isinstance(first, UNet2DModel)
+        return first.class_embedding
 
     def block_of(self, timestep: Tensor) -> Tensor:
         """Which block is asked at timesteps [N]: [N] int64."""
@@ -122,6 +125,6 @@ def equal_mass(density: Tensor, blocks: int) -> list[int]:
     share = torch.arange(1, blocks, dtype=torch.float64) / blocks
     inner = [int(torch.searchsorted(reached, s - 1e-9)) + 1 for s in share.tolist()]
     bounds = [0, *inner, len(density)]
-    if any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"density is too narrow for {blocks} blocks: one would have no timestep.")
     return bounds

@@ -117,7 +117,7 @@ class NoPropDenoiser(ModelMixin, ConfigMixin):
         timed = variant != "dt"
         shape = (in_channels, image_size, image_size) if embedding == "prototype" else (d,)
         self.blocks = nn.ModuleList(
-            _Block(shape, in_channels, image_size, channels, hidden, classes, dropout, timed)
+            NoPropBlock(shape, in_channels, image_size, channels, hidden, classes, dropout, timed)
             for _ in range(1 if timed else steps)
         )
         self.schedule = _Schedule(low, high) if variant == "ct" else None
@@ -151,6 +151,12 @@ class NoPropDenoiser(ModelMixin, ConfigMixin):
             gamma, _ = self.schedule((1 - k / TIMES).to(self.label_embedding))
         return torch.sigmoid(-gamma.double().cpu())
 
+    def block(self, k: int) -> NoPropBlock:
+        """The k-th block, from noise on."""
+        found = self.blocks[k]
+        assert isinstance(found, NoPropBlock)
+        return found
+
     def block_of(self, timestep: Tensor) -> Tensor:
         """Which block is asked at timesteps [N]: [N] int64."""
         if self.timed:
@@ -171,7 +177,7 @@ class NoPropDenoiser(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"images have shape {list(images.shape)}: give [N, {c}, {size}, {size}] in [0, 1]."
             )
-        return torch.stack([block.encode(images) for block in self.blocks], 1)
+        return torch.stack([self.block(k).encode(images) for k in range(len(self.blocks))], 1)
 
     def forward(
         self,
@@ -206,7 +212,7 @@ class NoPropDenoiser(ModelMixin, ConfigMixin):
             n = len(at)
             if n < _LEAST and not self.training:
                 at = torch.cat([at, at[:1].expand(_LEAST - n)])
-            said = self.blocks[k](sample[at], timestep[at], features[at])
+            said = self.block(k)(sample[at], timestep[at], features[at])
             logits = logits.index_copy(0, at[:n], said[:n].to(logits))
         guess = self.guess(logits)
         if self.config["variant"] == "fm":
@@ -272,7 +278,7 @@ def _tower(
     ]
 
 
-class _Block(nn.Module):
+class NoPropBlock(nn.Module):
     """One network of logits from a state, the features of an image, and the time."""
 
     def __init__(
@@ -315,7 +321,7 @@ class _Block(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Features [N, hidden] of images [N, C, H, W] in [0, 1]."""
         # a convolution on a CPU is faster by half where channels come last
-        images = (2 * images - 1).to(self.image[0].weight.dtype)
+        images = (2 * images - 1).to(next(self.image.parameters()).dtype)
         return self.image(images.contiguous(memory_format=torch.channels_last))
 
     def forward(self, z: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
