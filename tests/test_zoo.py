@@ -129,7 +129,7 @@ def test_train_is_near_test():
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance from")  # 32 and 250 items, on purpose
 def test_samples_are_digits(classifier, slice_features):
-    images = evaluate.draw(32, seed=1, steps=20)
+    images = evaluate.draw(zoo.load("mnist"), 32, seed=1, steps=20)
     assert images.shape == (32, 1, 28, 28)
     assert 0 <= images.min()
     assert images.max() <= 1

@@ -63,8 +63,11 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
             `SequencePipeline` (`steering.models.sequence_pipeline`) of eight bases of DNA; "text",
             one of 64 characters of the King James Bible; "text-judge", a `SequenceClassifier` of
             such texts, whose class 1 is the Bible; "dna", a `SequencePipeline` of 200 bases by cell
-            type (0 GM12878, 1 HepG2, 2 K562, 3 hESCT0, 4 any); or "dna-reward" and "dna-judge",
-            `SequenceClassifier`s of such sites by cell type.
+            type (0 GM12878, 1 HepG2, 2 K562, 3 hESCT0, 4 any); "dna-reward" and "dna-judge",
+            `SequenceClassifier`s of such sites by cell type; "mnist-blockwise", like "mnist" of
+            three networks that were each trained alone; or "noprop-dt", "noprop-ct" and
+            "noprop-fm", `NoPropPipeline`s (`steering.models.noprop_pipeline`) that classify images
+            [N,1,28,28] in [0,1].
         dtype: of the weights; float32 when None.
         device: where the weights go.
 
@@ -124,14 +127,17 @@ def tfbind8_scores() -> Tensor:
     return ((e_score - low) / (high - low)).view((4,) * 8)
 
 
-def _mnist(dtype: torch.dtype | None, device: str | torch.device) -> Any:
+def _mnist(name: str, dtype: torch.dtype | None, device: str | torch.device) -> Any:
     from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
+    from steering.models.blockwise_unet import BlockwiseUNet2D
+
     # by parts: DDIMPipeline.from_pretrained draws a progress bar
-    folder = _HERE / "mnist"
-    unet = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True)
+    folder = _HERE / name
+    kind: Any = BlockwiseUNet2D if name == "mnist-blockwise" else UNet2DModel
+    unet = kind.from_pretrained(folder / "unet", torch_dtype=torch.float32, local_files_only=True)
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     pipe = DDIMPipeline(unet=unet.requires_grad_(False), scheduler=cast(DDIMScheduler, scheduler))
     pipe.to(device=device, dtype=dtype)
@@ -155,6 +161,27 @@ def _flow(name: str, dtype: torch.dtype | None, device: str | torch.device) -> A
         folder / "scheduler", local_files_only=True
     )
     pipe = LabelPipeline(unet.requires_grad_(False), scheduler)
+    pipe.to(device=device, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _noprop(name: str, dtype: torch.dtype | None, device: str | torch.device) -> Any:
+    from importlib import import_module
+
+    from steering.models.noprop import NoPropDenoiser
+    from steering.models.noprop_pipeline import NoPropPipeline
+
+    folder = _HERE / name
+    network = NoPropDenoiser.from_pretrained(
+        folder / "network", torch_dtype=torch.float32, local_files_only=True
+    )
+    where, kind = json.loads((folder / "model_index.json").read_text())["scheduler"]
+    scheduler = getattr(import_module(where), kind)
+    pipe = NoPropPipeline(
+        network.requires_grad_(False),
+        scheduler.from_pretrained(folder / "scheduler", local_files_only=True),
+    )
     pipe.to(device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -198,10 +225,14 @@ def _mnist_classifier(dtype: torch.dtype | None, device: str | torch.device) -> 
 
 
 _LOADERS = {
-    "mnist": _mnist,
+    "mnist": partial(_mnist, "mnist"),
+    "mnist-blockwise": partial(_mnist, "mnist-blockwise"),
     "mnist-flow": partial(_flow, "mnist-flow"),
     "mnist-flow-base": partial(_flow, "mnist-flow-base"),
     "mnist-classifier": _mnist_classifier,
+    "noprop-dt": partial(_noprop, "noprop-dt"),
+    "noprop-ct": partial(_noprop, "noprop-ct"),
+    "noprop-fm": partial(_noprop, "noprop-fm"),
     "tfbind8": partial(_sequences, "tfbind8"),
     "text": partial(_sequences, "text"),
     "text-judge": partial(_sequence_classifier, "text-judge"),

@@ -1,6 +1,6 @@
-"""Judge the built-in MNIST model with the built-in classifier.
+"""Judge the built-in MNIST models with the built-in classifier.
 
-    python -m steering.zoo.evaluate [--n 1000] [--seed 0] [--steps 50] [--png FILE]
+    python -m steering.zoo.evaluate [--model mnist] [--n 1000] [--seed 0] [--steps 50] [--png FILE]
 
 draws samples (DDIM, eta = 1), prints how many the classifier is sure of, their classes and their
 Fréchet distance to the test images beside that of the training images, and writes 100 of them as
@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -26,9 +27,8 @@ BATCH = 100
 EXTRACTOR = "mnist-classifier"
 
 
-def draw(n: int, seed: int, steps: int) -> Tensor:
-    """n images [n,1,28,28] in [0,1] of the "mnist" pipeline, DDIM with eta = 1."""
-    pipe = zoo.load("mnist")
+def draw(pipe: Any, n: int, seed: int, steps: int) -> Tensor:
+    """n images [n,1,28,28] in [0,1] of a `DDIMPipeline`, with eta = 1."""
     rng = torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, n, BATCH):
@@ -55,6 +55,7 @@ def grid(images: Tensor) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", choices=("mnist", "mnist-blockwise"), default="mnist")
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=50)
@@ -64,7 +65,7 @@ def main() -> None:
         parser.error(f"--n {args.n}: give at least 10, a row of the picture.")
     torch.set_num_threads(1)
     start = time.process_time()
-    images = draw(args.n, args.seed, args.steps)
+    images = draw(zoo.load(args.model), args.n, args.seed, args.steps)
     seconds = time.process_time() - start
     classifier = zoo.load("mnist-classifier")
     with torch.inference_mode():
@@ -77,6 +78,7 @@ def main() -> None:
     floor = frechet(moments("mnist-train"), test, extractor=EXTRACTOR)
     grid(images[:100]).save(args.png)
     result = {
+        "model": args.model,
         "n": args.n,
         "seed": args.seed,
         "steps": args.steps,
