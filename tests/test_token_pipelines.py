@@ -300,5 +300,5 @@ def test_the_uniform_process_has_the_law_of_discrete_ddim():
 )
 def test_pipelines_that_cannot_be_steered_are_refused_by_name(name):
     kind = type(name, (), {"__call__": lambda self: None, "components": {}})
-    with pytest.raises(ValueError, match=f"pipe is a {name}, which cannot be steered"):
+    with pytest.raises(ValueError, match=f"pipe is a {name}, which from_pipeline does not take"):
         from_pipeline(kind(), ["a"], steps=4)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from steering.finetune.loop import Figures, check_counts, check_numbers, fit
+from steering.finetune.loop import Figures, accelerator_of, check_counts, check_numbers, fit
 
 _WARMUP = 0.02  # share of the updates over which the learning rate rises
 
@@ -138,7 +138,7 @@ def train_blocks(
         {block: history}, as `Tuned.history` has it; after every epoch also what the rule watches.
 
     Raises:
-        ValueError: a wrong argument; `out` of a run with other settings.
+        ValueError: a wrong argument; `out` of a run with other settings; see `accelerator_of`.
         LocalityError: a gradient would have crossed a block.
         NotFiniteError: several updates of a block in a row were not finite.
     """
@@ -154,9 +154,7 @@ def train_blocks(
     wanted = range(count) if blocks is None else blocks
     if strange := [k for k in wanted if type(k) is not int or not 0 <= k < count]:
         raise ValueError(f"blocks has {strange[0]!r}: give numbers from 0 to {count - 1}.")
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
+    accelerator = accelerator_of(next(rule.blocks[0].parameters()).device)
     several = accelerator.num_processes > 1
     if several and out is None:
         raise ValueError("out is missing: several processes exchange their blocks through it.")

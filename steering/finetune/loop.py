@@ -113,15 +113,15 @@ def accelerator_of(device: torch.device) -> Any:
     """accelerate's view of this process: its number, others, and the precision asked for.
 
     Raises:
-        ValueError: float16, or several processes with the pipeline on another's device.
+        ValueError: float16, or several processes with the network on another's device.
     """
     from accelerate import Accelerator
 
     accelerator = Accelerator()
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
-            f"mixed_precision={accelerator.mixed_precision!r}: sums of log-probabilities over a "
-            "path overflow there, launch with 'bf16' or 'no'."
+            f"mixed_precision={accelerator.mixed_precision!r}: losses are not scaled for it and "
+            "would overflow or vanish, launch with 'bf16' or 'no'."
         )
     mine = accelerator.device
     if accelerator.num_processes > 1 and (mine.type, mine.index or 0) != (
@@ -129,8 +129,8 @@ def accelerator_of(device: torch.device) -> Any:
         device.index or 0,
     ):
         raise ValueError(
-            f"pipe is on {device}, and this is process {accelerator.process_index} on {mine}: "
-            "move it there first, pipe.to(accelerate.Accelerator().device)."
+            f"the network is on {device}, and this is process {accelerator.process_index} on "
+            f"{mine}: move it there first, .to(accelerate.Accelerator().device)."
         )
     return accelerator
 

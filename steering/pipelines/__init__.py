@@ -39,6 +39,8 @@ _REFUSED = {
     "process in steering.discrete",
     "AmusedImg2ImgPipeline": "it starts half-way from an image; AmusedPipeline is run",
     "AmusedInpaintPipeline": "it keeps tokens of an image; AmusedPipeline is run",
+    "NoPropPipeline": "its conditions are images to be classified, which "
+    "steering.from_noprop(pipe, images) takes",
     "DiffusionGemmaPipeline": "its network remembers its own earlier guesses and text, which walks "
     "from one state cannot share; steering.from_masked_lm takes masked language models",
 }
@@ -122,7 +124,7 @@ def from_pipeline(
 def _built(pipe: Any, request: Request, route: str | None) -> Model:
     kind = _owner(pipe).__name__
     if kind in _REFUSED:
-        raise ValueError(f"pipe is a {kind}, which cannot be steered: {_REFUSED[kind]}.")
+        raise ValueError(f"pipe is a {kind}, which from_pipeline does not take: {_REFUSED[kind]}.")
     native_only = FAMILIES.get(kind) in _OF_TOKENS
     if route == "driven":
         if native_only:
