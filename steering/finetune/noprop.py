@@ -23,6 +23,7 @@ Loss = Literal["cross-entropy", "squared"]
 Weighting = Literal["uniform", "snr", "clamped"]
 _WATCHED = 1000  # examples
 _PER_CLASS = 500  # examples that prototypes are chosen among
+_LARGEST = 1e6  # weight of a loss that has none that is finite
 # Adam does not see the scale of a gradient; clipping, which is over all weights together, would
 _SCHEDULE = 1e-3
 _APART = 0.9  # alpha_bar at which embeddings that are learned are told apart
@@ -83,8 +84,8 @@ def noprop(
         batch, lr, decay, clip, blocks, seed, out, progress: see `train_blocks`.
 
     Returns:
-        {block: history}: "loss" and "gradient" of every update, "weight" among what is told;
-        after every epoch "accuracy" of the block's own guess on `test`.
+        {block: history}: "loss" and "gradient" of every update; after every epoch "weight", the
+        largest over the block's times, and "accuracy" of its own guess from noise on `test`.
 
     Raises:
         ValueError, LocalityError, NotFiniteError: as `train_blocks`.
@@ -148,72 +149,62 @@ class NoPropRule:
             "loss": self.objective,
             "weighting": self.weighting,
             "limit": self.limit,
-            "weights": [float(w) for w in self.weights] if not self.network.timed else None,
         }
 
     def loss(self, block: int, numbers: Tensor, rng: torch.Generator) -> Tensor:
-        images, y = self.images[numbers], self.labels[numbers]
-        return self._loss(block, images, y, rng)
-
-    def _loss(self, block: int, images: Tensor, y: Tensor, rng: torch.Generator) -> Tensor:
-        net = self.network
-        device = net.label_embedding.device
-        n, y = len(y), y.to(device)
-        noise = torch.randn(n, net.label_embedding.shape[1], generator=rng).to(device)
-        # stratified: the loss depends on the time
-        spread = (torch.arange(n) + torch.rand(n, generator=rng)) / n
-        features = net.block(block).encode(unit(images).to(device))
+        net, variant = self.network, self.network.config["variant"]
+        device, n = net.label_embedding.device, len(numbers)
+        y = self.labels[numbers].to(device)
         u = net.label_embedding[y]
-        if net.config["variant"] == "fm":
-            t = spread.to(device)
-            z, timestep = t[:, None] * u + (1 - t)[:, None] * noise, 1000 * (1 - t)
-            weight = 1 / (1 - t).clamp(min=1e-3).square()
-            logits = net.block(block)(z, timestep, features)
-            if net.config["output"] == "velocity":
-                return (net.guess(logits).float() - (u - noise)).square().sum(1).mean()
-        elif net.config["variant"] == "ct":
-            assert net.schedule is not None
-            t = spread.to(device)
-            gamma, slope = net.schedule(t)
-            timestep = 1000 * (1 - t)
-            logits = net.block(block)(_noised(gamma.detach(), u, noise), timestep, features)
-            weight = (-slope * (-gamma).exp() / 2).detach()
-            schedule = self._schedule_loss(gamma, slope, u, noise, timestep, features.detach())
-            return self._of(logits, u, y, weight) + schedule
+        noise = torch.randn(u.shape, generator=rng).to(device)
+        # stratified: the loss depends on the time
+        t = ((torch.arange(n) + torch.rand(n, generator=rng)) / n).to(device)
+        if variant == "fm":
+            z = t[:, None] * u + (1 - t)[:, None] * noise
+        elif net.schedule is not None:
+            z = _noised(net.schedule(t)[0].detach(), u, noise)
         else:
             level = self._alpha_bar[block].to(device)
             z = level.sqrt() * u + (1 - level).sqrt() * noise
-            weight = self.weights[block].to(device).expand(n)
-            logits = net.block(block)(z, torch.zeros(n, device=device), features)
-        return self._of(logits, u, y, weight)
-
-    def _of(self, logits: Tensor, u: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """Weighted mean of the losses that logits [N, m] have."""
-        logits = logits.float()
-        if self.weighting == "uniform":
-            weight = torch.ones_like(weight)
-        elif self.weighting == "clamped":
-            weight = weight.clamp(max=self.limit)
+        features = net.block(block).encode(unit(self.images[numbers]).to(device))
+        logits = net.block(block)(z, 1000 * (1 - t), features).float()
+        if net.config["output"] == "velocity":
+            return (net.guess(logits).float() - (u - noise)).square().sum(1).mean()
         if self.objective == "cross-entropy":
             each = F.cross_entropy(logits, y, reduction="none")
         else:
-            each = (self.network.guess(logits) - u).square().sum(1)
-        return (weight * each).mean()
+            each = (net.guess(logits) - u).square().sum(1)
+        loss = (self.weight(block, t) * each).mean()
+        if net.schedule is not None:
+            loss = loss + self._schedule_loss(t, u, noise, features.detach())
+        return loss
 
-    def _schedule_loss(
-        self,
-        gamma: Tensor,
-        slope: Tensor,
-        u: Tensor,
-        noise: Tensor,
-        timestep: Tensor,
-        features: Tensor,
-    ) -> Tensor:
+    @torch.no_grad()
+    def weight(self, block: int, t: Tensor) -> Tensor:
+        """What the loss of a block at times t [N] is weighed by, [N]; "dt" knows one time a block.
+
+        The last block of "dt" ends at an infinite SNR, and so its weight is, but for a bound.
+        """
+        net = self.network
+        if self.weighting == "uniform":
+            return torch.ones_like(t)
+        if net.config["variant"] == "fm":
+            weight = 1 / (1 - t).clamp(min=1e-3).square()
+        elif net.schedule is not None:
+            gamma, slope = net.schedule(t)
+            weight = -slope * (-gamma).exp() / 2
+        else:
+            level = torch.cat([self._alpha_bar, torch.ones(1)])[block : block + 2].double()
+            weight = (level / (1 - level)).diff().to(t).expand(len(t)) * net.steps / 2
+        return weight.clamp(max=self.limit if self.weighting == "clamped" else _LARGEST)
+
+    def _schedule_loss(self, t: Tensor, u: Tensor, noise: Tensor, features: Tensor) -> Tensor:
         """A term of value 0, with the gradient of the bound's relative variance over t with respect
         to the schedule, and to nothing else."""
         net = self.network
         assert net.schedule is not None
-        logits = net.block(0)(_noised(gamma, u, noise), timestep, features).float()
+        gamma, slope = net.schedule(t)
+        logits = net.block(0)(_noised(gamma, u, noise), 1000 * (1 - t), features).float()
         bound = -slope * (-gamma).exp() / 2 * (net.guess(logits) - u).square().sum(1)
         spread = bound.square().mean() / bound.detach().mean().square().clamp(min=1e-12)
         weights = list(net.schedule.parameters())
@@ -224,33 +215,25 @@ class NoPropRule:
 
     @torch.no_grad()
     def watch(self, block: int) -> dict[str, float]:
-        if self.test is None:
-            return {}
         net = self.network
-        images, y = self.test[0][:_WATCHED], self.test[1][:_WATCHED]
         device = net.label_embedding.device
+        times = torch.linspace(0, 1, 1001, device=device)
+        told = {"weight": float(self.weight(block, times).max())}
+        if self.test is None:
+            return told
+        images, y = self.test[0][:_WATCHED], self.test[1][:_WATCHED]
         features = net.block(block).encode(unit(images).to(device))
         # from pure noise, all that is left to go by is the image
         rng = torch.Generator().manual_seed(0)
         noise = torch.randn(len(y), net.label_embedding.shape[1], generator=rng).to(device)
         timestep = torch.full((len(y),), 1000.0, device=device)
         right = net.block(block)(noise, timestep, features).argmax(-1).cpu() == y
-        return {"accuracy": float(right.double().mean())}
+        return told | {"accuracy": float(right.double().mean())}
 
     @cached_property
     def _alpha_bar(self) -> Tensor:
         """[T] float32 of "dt", before each block."""
         return self.network.alpha_bar().flip(0).float()
-
-    @cached_property
-    def weights(self) -> Tensor:
-        """[T] float32 of "dt": T/2 (SNR after - SNR before) of each block, and what `weighting`
-        makes of it. The last block ends at SNR infinity, so that its weight is that, too."""
-        level = torch.cat([self._alpha_bar.double(), torch.ones(1, dtype=torch.float64)])
-        rise = (level / (1 - level)).diff() * len(self._alpha_bar) / 2
-        if self.weighting == "uniform":
-            rise = torch.ones_like(rise)
-        return rise.clamp(max=self.limit if self.weighting == "clamped" else 1e6).float()
 
 
 def _noised(gamma: Tensor, u: Tensor, noise: Tensor) -> Tensor:

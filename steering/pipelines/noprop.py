@@ -57,8 +57,8 @@ def from_noprop(
 
     if not isinstance(pipe, NoPropPipeline):
         raise TypeError(
-            f"pipe is a {type(pipe).__name__}, no NoPropPipeline: steering.from_pipeline takes "
-            "other pipelines."
+            f"pipe is a {type(pipe).__name__}, no NoPropPipeline: of a network, "
+            "NoPropPipeline(network, scheduler(network)) makes one; from_pipeline takes others."
         )
     network, device = pipe.network, pipe._execution_device
     steps = check_steps(network, pipe.steps if steps is None else steps)
