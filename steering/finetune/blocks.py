@@ -160,8 +160,8 @@ def train_blocks(
         raise ValueError("out is missing: several processes exchange their blocks through it.")
     histories = {}
     told = {
-        "epochs": epochs, "batch": batch, "lr": lr, "decay": decay, "average": average,
-        "clip": clip, "seed": seed, "precision": accelerator.mixed_precision, **rule.told(),
+        "epochs": epochs, "batch": batch, "decay": decay, "average": average, "seed": seed,
+        "precision": accelerator.mixed_precision, **rule.told(),
     }  # fmt: skip
 
     def run(k: int, shown: bool) -> None:

@@ -16,16 +16,15 @@ from steering.finetune.loop import (
     Tuned,
     accelerator_of,
     adam,
+    check_counts,
     check_numbers,
     copied,
     fit,
     frozen,
 )
-from steering.finetune.path_kl import check_counts, estimate, hard_paths, token_chain
+from steering.finetune.path_kl import token_chain, watched
 from steering.noise import child_key, root_key, uniform
 from steering.pipelines import from_pipeline
-
-_WATCHED = 64  # paths of the chain itself, drawn at each checkpoint
 
 
 def distill(
@@ -118,17 +117,11 @@ def distill(
         return Figures({"loss": float(loss.detach())}, {"forward": batch, "backward": batch})
 
     def watch() -> Figures:
-        index = torch.arange(_WATCHED)
-        with accelerator.autocast():
-            key = root_key(seed, -1 - index)
-            apart = hard_paths(tuned, before, index % conditions, key)[1]
-        kl, error = estimate(apart)
-        return Figures({"path_kl": kl, "path_kl_error": error}, {})
+        return Figures(watched(tuned, before, seed, accelerator)[2], {})
 
     told = {
         "method": "distill", "model": before.name, "prompts": tuned.prompts, "steps": steps,
-        "data": [digest(t) for t in (tokens, rows, reached)], "batch": batch, "lr": lr,
-        "clip": clip, "seed": seed, "processes": accelerator.num_processes,
+        "data": [digest(t) for t in (tokens, rows, reached)], "batch": batch, "seed": seed,
         "precision": accelerator.mixed_precision,
     }  # fmt: skip
     with frozen(original):

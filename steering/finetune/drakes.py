@@ -24,11 +24,10 @@ from steering.finetune.loop import (
     fit,
     frozen,
 )
-from steering.finetune.path_kl import estimate, hard_paths, published_kl, relaxable
+from steering.finetune.path_kl import published_kl, relaxable, watched
 from steering.noise import child_key, root_key
 from steering.pipelines import from_pipeline
 
-_WATCHED = 64  # paths of the chain itself, drawn at each checkpoint
 _GB = 2**30
 
 
@@ -163,21 +162,16 @@ def drakes(
         return Figures(means, counts)
 
     def watch() -> Figures:
-        index = torch.arange(_WATCHED)
-        with accelerator.autocast():
-            x, apart = hard_paths(tuned, before, index % conditions, root_key(seed, -1 - index))
+        x, row, means = watched(tuned, before, seed, accelerator)
         with torch.no_grad():
-            items = tuned.decode(x)
-            asked = [tuned.prompts[r] for r in (index % conditions).tolist()]
+            items, asked = tuned.decode(x), [tuned.prompts[r] for r in row.tolist()]
             drawn = torch.as_tensor(reward(items, asked)).double().mean()
-        kl_, error = estimate(apart)
-        return Figures({"drawn_reward": float(drawn), "path_kl": kl_, "path_kl_error": error}, {})
+        return Figures({"drawn_reward": float(drawn)} | means, {})
 
     told = {
         "method": "drakes", "model": before.name, "prompts": tuned.prompts, "alpha": alpha,
         "steps": steps, "truncate": truncate, "tau": tau, "straight_through": straight_through,
-        "kl": kl, "batch": batch, "accumulate": accumulate, "lr": lr, "warmup": warmup,
-        "clip": clip, "seed": seed, "processes": accelerator.num_processes,
+        "kl": kl, "batch": batch, "accumulate": accumulate, "warmup": warmup, "seed": seed,
         "precision": accelerator.mixed_precision,
     }  # fmt: skip
     with frozen(original):

@@ -162,7 +162,7 @@ def fit(
         gradient: number of an update, from 0 on -> adds its gradient to the weights' and says what
             it saw. A pure function of that number and the weights.
         watch: looks at the model as it is, at every checkpoint.
-        told: all that decides the run, for `out`.
+        told: what decides the run beside what is known here, for `out`.
         optimizer: of the weights that require gradients.
         updates: how many, those of an earlier run in `out` included.
         clip: longest gradient; longer ones are shortened to it.
@@ -186,6 +186,11 @@ def fit(
     alone = accelerator is None or accelerator.num_processes == 1
     main = accelerator is None or accelerator.is_main_process
     folder, history = None if out is None else Path(out), list[dict[str, Any]]()
+    told = told | {
+        "lr": optimizer.param_groups[0]["lr"],
+        "clip": clip,
+        "processes": 1 if accelerator is None else accelerator.num_processes,
+    }
     if folder is not None:
         # the main process cuts the history, where the others read it
         with nullcontext() if accelerator is None else accelerator.main_process_first():

@@ -14,6 +14,8 @@ from steering.finetune.loop import check_counts
 from steering.noise import child_key, root_key
 from steering.pipelines import from_pipeline
 
+_WATCHED = 64  # paths of the chain itself, drawn at each checkpoint
+
 
 class Estimate(NamedTuple):
     """A mean over independent draws."""
@@ -95,6 +97,19 @@ def hard_paths(tuned: Model, before: Model, row: Tensor, key: Tensor) -> tuple[T
         apart += law.kl(process.transition(x, at, before.denoiser(x, t, row)))
         x = law.sample(child_key(key, i))
     return x, apart
+
+
+def watched(
+    tuned: Model, before: Model, seed: int, accelerator: Any
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Ends [64, L] of paths of a chain that is tuned, their conditions, and "path_kl" of them with
+    its standard error, to the chain as it was."""
+    index = torch.arange(_WATCHED)
+    row = index % len(tuned.prompts)
+    with accelerator.autocast():
+        x, apart = hard_paths(tuned, before, row, root_key(seed, -1 - index))
+    kl, error = estimate(apart)
+    return x, row, {"path_kl": kl, "path_kl_error": error}
 
 
 def published_kl(
