@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -113,7 +114,8 @@ def accelerator_of(device: torch.device) -> Any:
     """accelerate's view of this process: its number, others, and the precision asked for.
 
     Raises:
-        ValueError: float16, or several processes with the network on another's device.
+        ValueError: float16, several processes with the network on another's device, or processes
+            that do not know of each other.
     """
     from accelerate import Accelerator
 
@@ -122,6 +124,12 @@ def accelerator_of(device: torch.device) -> Any:
         raise ValueError(
             f"mixed_precision={accelerator.mixed_precision!r}: losses are not scaled for it and "
             "would overflow or vanish, launch with 'bf16' or 'no'."
+        )
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched != str(accelerator.num_processes):
+        raise ValueError(
+            f"{launched} processes were launched, and accelerate sees {accelerator.num_processes}: "
+            "each would do all the work. On CPUs, set ACCELERATE_USE_CPU=1."
         )
     mine = accelerator.device
     if accelerator.num_processes > 1 and (mine.type, mine.index or 0) != (

@@ -81,3 +81,12 @@ def test_float16_is_refused(monkeypatch):
     monkeypatch.setattr(accelerate, "Accelerator", Half)
     with pytest.raises(ValueError, match=r"mixed_precision='fp16'.*'bf16' or 'no'"):
         accelerator_of(torch.device("cpu"))
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    # torch's launcher without accelerate's: on a machine without a GPU, unless it is told
+    from steering.finetune.loop import accelerator_of
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes were launched, and accelerate sees 1"):
+        accelerator_of(torch.device("cpu"))
