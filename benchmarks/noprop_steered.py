@@ -9,8 +9,8 @@ steered is decided by unsteered walks of each, with a seed of their own, before 
 
     prior shift  the image of greatest entropy of p. The classes are no longer alike in number: that
                  of class k is in proportion to 2^-k. r = log(new / old), λ = 1: Bayes' rule
-    label set    the image whose likeliest label has a probability nearest .97. r = 1 for all labels
-                 but this one, λ = 6
+    label set    the image whose likeliest label has a probability nearest .97, of those with a walk
+                 that ended elsewhere. r = 1 for all labels but this one, λ = 6
     abstention   the image of greatest entropy again, with "abstain" as one more outcome: chains
                  less sure at their end than all but 3 % of the unsteered. r = 1 for it, λ = 6
 
@@ -141,7 +141,8 @@ def build(pipe: Any, steps: int, walks: int, pilot: int) -> list[Task]:
     labels = outcomes(model, ends(model, row, CHOOSING)).view(-1, pilot)
     p = one_hot(labels, 10).double().mean(1)
     unsure = int(torch.special.entr(p).sum(1).argmax())
-    nearly = int((p.amax(1) - 0.97).abs().argmin())
+    most = p.amax(1)
+    nearly = int((most - 0.97).abs().where(most < 1, math.inf).argmin())
     shift = (10 * torch.softmax(-math.log(2) * torch.arange(10.0), 0)).log().double()
     states, tasks = {}, []
     for k in dict.fromkeys((unsure, nearly)):
@@ -325,6 +326,7 @@ def compare(task: Task, budgets: dict[int, int]) -> dict:
 def plot(figures: dict, path: Path) -> None:
     """TV against rows, one panel for each task."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     columns = 3
     rows = len(figures) // columns
@@ -342,6 +344,7 @@ def plot(figures: dict, path: Path) -> None:
             panel.errorbar(at, y, e, label=name, marker="o", markersize=3, **how)
         panel.axhline(found["table"], label="error of the table", color="grey", linestyle="--")
         panel.set(title=task, xscale="log", yscale="log", xlabel="network rows")
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
     for panel in axes[:, 0]:
         panel.set_ylabel("TV to p*")
