@@ -176,11 +176,13 @@ def _noprop(name: str, dtype: torch.dtype | None, device: str | torch.device) ->
     network = NoPropDenoiser.from_pretrained(
         folder / "network", torch_dtype=torch.float32, local_files_only=True
     )
-    where, kind = json.loads((folder / "model_index.json").read_text())["scheduler"]
+    index = json.loads((folder / "model_index.json").read_text())
+    where, kind = index["scheduler"]
     scheduler = getattr(import_module(where), kind)
     pipe = NoPropPipeline(
         network.requires_grad_(False),
         scheduler.from_pretrained(folder / "scheduler", local_files_only=True),
+        index["names"],
     )
     pipe.to(device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
