@@ -69,19 +69,21 @@ class NoPropPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        images: Tensor,
+        images: Tensor | None = None,
         num_inference_steps: int | None = None,
         eta: float = 0.0,
         generator: torch.Generator | None = None,
+        features: Tensor | None = None,
         return_dict: bool = True,
     ) -> LabelOutput | tuple[Any, ...]:
         """One chain for each image; features of an image are computed once.
 
         Args:
-            images: [N, C, H, W] in [0, 1].
+            images: [N, C, H, W] in [0, 1]; or else `features`.
             num_inference_steps: T; of "dt" the number of its blocks and nothing else.
             eta: share of new noise in each step, of DDIM ("ct") alone.
             generator: of all that is drawn.
+            features: [N, B, hidden] what `network.encode` said of images that are labelled often.
             return_dict: False gives a tuple.
 
         Raises:
@@ -91,8 +93,12 @@ class NoPropPipeline(DiffusionPipeline):
         steps = check_steps(
             network, self.steps if num_inference_steps is None else num_inference_steps
         )
-        features = network.encode(images.to(device, network.dtype))
-        shape = (len(images), network.label_embedding.shape[1])
+        if (images is None) == (features is None):
+            raise ValueError("give images, or their features: one of the two.")
+        if images is not None:
+            features = network.encode(images.to(device, network.dtype))
+        assert features is not None
+        shape = (len(features), network.label_embedding.shape[1])
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         even = network.config["variant"] == "fm"
         grid = {"sigmas": [1 - i / steps for i in range(steps)]} if even else {}
