@@ -176,9 +176,9 @@ def table(name: str, found: Mapping[Chain, Sequence[Sequence[float]]], paper: st
         within = [statistics.variance(runs) for runs in each if len(runs) > 1]
         apart = f"{100 * statistics.stdev(trainings):.2f}" if len(each) > 1 else "-"
         inside = f"{100 * statistics.mean(within) ** 0.5:.2f}" if within else "-"
-        print(f"{name:<36}{chain.steps:>5}{chain.eta:>5.0f}{100 * statistics.mean(trainings):>12.2f}"
-              f"{apart:>13}{inside:>13}{f'{len(each)} x {chain.runs}':>8}{paper:>8}",
-              flush=True)  # fmt: skip
+        percent, runs = 100 * statistics.mean(trainings), f"{len(each)} x {chain.runs}"
+        print(f"{name:<36}{chain.steps:>5}{chain.eta:>5.0f}{percent:>12.2f}{apart:>13}{inside:>13}"
+              f"{runs:>8}{paper:>8}", flush=True)  # fmt: skip
 
 
 def precision() -> str:

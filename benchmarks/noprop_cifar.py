@@ -159,8 +159,8 @@ def pairs_check(args: argparse.Namespace) -> dict[str, Any]:
     x_test, y_test = paired(*examples(args.pairs, "test"), seed=1)
     data = Examples(x, y, x_test[:TESTED], y_test[:TESTED])
     print(f"100 classes, pairs of MNIST digits: {len(y)} to train on, {TESTED} to test (of these "
-          f"alone the standard\ndeviation is {100 * (0.25 / TESTED) ** 0.5:.1f} at 50 %); one seed, "
-          f"{args.epochs or 3:g} epochs each, training in {precision()}\n{HEADING}")  # fmt: skip
+          f"alone the standard\ndeviation is {100 * (0.25 / TESTED) ** 0.5:.1f} at 50 %); "
+          f"one seed, {args.epochs or 3:g} epochs each, training in {precision()}\n{HEADING}")  # fmt: skip
     figures = compared(PAIRS, data, args.epochs)
     for name, each in figures.items():
         least = [t for t, a in each.items() if a >= COLLAPSED]
