@@ -162,23 +162,55 @@ def chains_of(variant: str, steps: Sequence[int], many: int) -> list[Chain]:
     return [Chain(t, eta, RUNS if t <= 50 else many) for eta in etas for t in steps]
 
 
+Found = Mapping[Chain, Sequence[Sequence[float]]]  # accuracies [trainings][runs]
+
+
+def evaluated(
+    recipes: Mapping[str, Recipe], data: Examples, seeds: int, out: Path, many: int
+) -> tuple[dict[str, Found], dict[str, list[float]]]:
+    """Accuracies by variant, and seconds of each training; what is not trained in `out` is."""
+    found: dict[str, Found] = {}
+    seconds: dict[str, list[float]] = {}
+    print(f"{'':<12}{'epochs':>8}{'seed':>6}{'s of training (wall time)':>27}")
+    for variant, recipe in recipes.items():
+        chains = chains_of(variant, STEPS, many)
+        each, seconds[variant] = [], []
+        for seed in range(seeds):
+            network, took = trained(recipe, data, seed, out / f"{variant}-{seed}")
+            print(f"{variant:<12}{recipe.epochs:>8g}{seed:>6}{took:>27.0f}", flush=True)
+            seconds[variant].append(took)
+            each.append(accuracies(network, data.test_images, data.test_labels, chains))
+        found[variant] = {chain: [runs[chain] for runs in each] for chain in chains}
+    return found, seconds
+
+
+def papers(found: Found) -> Chain:
+    """The chain that the paper tells of: the one without noise that has the most steps."""
+    return max((chain for chain in found if not chain.eta), key=lambda chain: chain.steps)
+
+
+def mean(each: Sequence[Sequence[float]]) -> float:
+    """Over all runs of all trainings."""
+    return statistics.mean(a for runs in each for a in runs)
+
+
 HEADING = (
     f"{'':<36}{'steps':>5}{'eta':>5}{'accuracy %':>12}{'± trainings':>13}{'± inference':>13}"
     f"{'runs':>8}{'paper':>8}"
 )
 
 
-def table(name: str, found: Mapping[Chain, Sequence[Sequence[float]]], paper: str = "") -> None:
-    """Print accuracies [trainings][runs] of each chain under `HEADING`: their mean, their standard
-    deviations over trainings and over runs of one training, and the paper's."""
+def table(name: str, found: Found, paper: str = "") -> None:
+    """Print the accuracy of each chain under `HEADING`: its mean, its standard deviations over
+    trainings and over runs of one training, and the paper's."""
     for chain, each in found.items():
         trainings = [statistics.mean(runs) for runs in each]
         within = [statistics.variance(runs) for runs in each if len(runs) > 1]
         apart = f"{100 * statistics.stdev(trainings):.2f}" if len(each) > 1 else "-"
         inside = f"{100 * statistics.mean(within) ** 0.5:.2f}" if within else "-"
-        percent, runs = 100 * statistics.mean(trainings), f"{len(each)} x {chain.runs}"
+        percent, runs = 100 * mean(each), f"{len(each)} x {chain.runs}"
         print(f"{name:<36}{chain.steps:>5}{chain.eta:>5.0f}{percent:>12.2f}{apart:>13}{inside:>13}"
-              f"{runs:>8}{paper:>8}", flush=True)  # fmt: skip
+              f"{runs:>8}{paper if chain == papers(found) else '':>8}", flush=True)  # fmt: skip
 
 
 def precision() -> str:

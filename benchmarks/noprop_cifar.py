@@ -44,7 +44,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,9 @@ from benchmarks.noprop_accuracy import (
     Examples,
     Recipe,
     accuracies,
-    chains_of,
+    evaluated,
+    mean,
+    papers,
     precision,
     step_seconds,
     table,
@@ -126,31 +127,28 @@ def full(args: argparse.Namespace) -> dict[str, Any]:
     """Train what is missing, and evaluate all."""
     data, said = read(args.data)
     classes = data.shape["classes"]
+    wanted = recipes(args.recipe, classes, args.embedding, args.epochs)
     print(f"{said}; {len(data.labels)} to train on, {len(data.test_labels)} to test, "
           f"{classes} classes\nrecipe {args.recipe}, {args.embedding} embeddings, "
           f"training in {precision()}")  # fmt: skip
-    figures: dict[str, Any] = {}
-    rows = {}
-    for variant, recipe in recipes(args.recipe, classes, args.embedding, args.epochs).items():
-        if variant not in args.only:
-            continue
-        chains = chains_of(variant, STEPS, RUNS)
-        found: dict[Chain, list[list[float]]] = {chain: [] for chain in chains}
-        for seed in range(args.seeds):
-            folder = args.out / f"{classes}-{args.recipe}-{args.embedding}" / f"{variant}-{seed}"
-            network, took = trained(recipe, data, seed, folder)
-            print(f"{variant}: {recipe.epochs} epochs, seed {seed}, {took:.0f} s", flush=True)
-            each = accuracies(network, data.test_images, data.test_labels, chains)
-            for chain in chains:
-                found[chain].append(each[chain])
-        rows[variant] = found
-        last = next(reversed([chain for chain in chains if not chain.eta]))
-        figures[variant] = statistics.mean(a for training in found[last] for a in training)
-    print(f"\nspreads are standard deviations\n{HEADING}")
-    for variant, found in rows.items():
-        papers = PAPER.get(classes, {}).get(variant)
-        table(variant, found, papers[EMBEDDINGS.index(args.embedding)] if papers else "")
-    return figures | {"data": said, "classes": classes, "recipe": args.recipe, "seeds": args.seeds}
+    found, seconds = evaluated(
+        {variant: recipe for variant, recipe in wanted.items() if variant in args.only},
+        data,
+        args.seeds,
+        args.out / f"{classes}-{args.recipe}-{args.embedding}",
+        many=RUNS,
+    )
+    print(f"\n{HEADING}")
+    for variant, each in found.items():
+        published = PAPER.get(classes, {}).get(variant, ("",) * len(EMBEDDINGS))
+        table(variant, each, published[EMBEDDINGS.index(args.embedding)])
+    return {variant: mean(each[papers(each)]) for variant, each in found.items()} | {
+        "data": said,
+        "classes": classes,
+        "recipe": args.recipe,
+        "seeds": args.seeds,
+        "training_seconds": seconds,
+    }
 
 
 def pairs_check(args: argparse.Namespace) -> dict[str, Any]:
@@ -158,9 +156,10 @@ def pairs_check(args: argparse.Namespace) -> dict[str, Any]:
     x, y = paired(*examples(args.pairs, "train"), seed=0)
     x_test, y_test = paired(*examples(args.pairs, "test"), seed=1)
     data = Examples(x, y, x_test[:TESTED], y_test[:TESTED])
+    alone = 100 * (0.25 / TESTED) ** 0.5
     print(f"100 classes, pairs of MNIST digits: {len(y)} to train on, {TESTED} to test (of these "
-          f"alone the standard\ndeviation is {100 * (0.25 / TESTED) ** 0.5:.1f} at 50 %); "
-          f"one seed, {args.epochs or 3:g} epochs each, training in {precision()}\n{HEADING}")  # fmt: skip
+          f"alone the standard\ndeviation is {alone:.1f} at 50 %); one seed, "
+          f"{args.epochs or 3:g} epochs each, training in {precision()}\n{HEADING}")  # fmt: skip
     figures = compared(PAIRS, data, args.epochs)
     for name, each in figures.items():
         least = [t for t, a in each.items() if a >= COLLAPSED]

@@ -28,9 +28,7 @@ others: that shows that the code runs, and nothing about the methods.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +47,9 @@ from benchmarks.noprop_accuracy import (
     Recipe,
     accuracies,
     chains_of,
+    evaluated,
+    mean,
+    papers,
     precision,
     table,
     trained,
@@ -89,39 +90,28 @@ SMOKE = {
 def full(args: argparse.Namespace) -> dict[str, Any]:
     """Train what is missing, and evaluate all."""
     data = read(args.data)
-    print(f"recipe {args.recipe}: training in {precision()}, test images {len(data.test_labels)}")
-    print(f"{'':<12}{'epochs':>8}{'seed':>6}{'s of training (wall time)':>27}")
-    found: dict[str, dict[Chain, list[list[float]]]] = {}
-    seconds: dict[str, list[float]] = {}
     recipes = {v: r for v, r in RECIPES[args.recipe].items() if v in args.only}
-    many = 1 if args.recipe == "short" else RUNS
-    for variant, recipe in recipes.items():
-        folder = args.out if args.recipe == "short" else args.out / args.recipe
-        chains = chains_of(variant, STEPS, many)
-        found[variant] = {chain: [] for chain in chains}
-        seconds[variant] = []
-        for seed in range(args.seeds):
-            network, took = trained(recipe, data, seed, folder / f"{variant}-{seed}")
-            print(f"{variant:<12}{recipe.epochs:>8}{seed:>6}{took:>27.0f}", flush=True)
-            seconds[variant].append(took)
-            each = accuracies(network, data.test_images, data.test_labels, chains)
-            for chain in chains:
-                found[variant][chain].append(each[chain])
-    print(f"\nspreads are standard deviations; of {len(data.test_labels)} test images alone it is "
-          f"{(99 / len(data.test_labels)) ** .5:.2f} at 99 %\n{HEADING}")  # fmt: skip
-    for variant, chains in found.items():
-        table(variant, chains, PAPER[variant])
+    out = args.out if args.recipe == "short" else args.out / args.recipe
+    print(f"recipe {args.recipe}: training in {precision()}")
+    found, seconds = evaluated(
+        recipes, data, args.seeds, out, many=1 if args.recipe == "short" else RUNS
+    )
+    tested = len(data.test_labels)
+    print(f"\n{len(data.labels)} images to train on, {tested} to test, of which alone the standard "
+          f"deviation is {(99 / tested) ** 0.5:.2f} at 99 %\n{HEADING}")  # fmt: skip
+    for variant, each in found.items():
+        table(variant, each, PAPER[variant])
     return {
-        **{variant: headline(chains) for variant, chains in found.items()},
+        **{variant: mean(each[papers(each)]) for variant, each in found.items()},
         "recipe": args.recipe,
         "precision": precision(),
         "seeds": args.seeds,
         "epochs": {variant: recipe.epochs for variant, recipe in recipes.items()},
         "training_seconds": seconds,
         "sweep": {
-            f"{variant}/{chain.steps}/{chain.eta:.0f}": mean(each)
-            for variant, chains in found.items()
-            for chain, each in chains.items()
+            f"{variant}/{chain.steps}/{chain.eta:.0f}": mean(runs)
+            for variant, each in found.items()
+            for chain, runs in each.items()
         },
     }
 
@@ -154,7 +144,7 @@ def quick() -> dict[str, Any]:
         each = accuracies(network, images, labels, chains)
         found = {chain: [runs] for chain, runs in each.items()}
         table(f"noprop-{variant}", found)
-        figures[variant] = headline(found)
+        figures[variant] = mean(found[papers(found)])
     held = torch.arange(len(labels)) % 5 == 0
     data = Examples(images[~held], labels[~held], images[held], labels[held])
     print(f"\na smoke run of training: {len(data.labels)} images, 10 to 20 epochs, "
@@ -165,7 +155,7 @@ def quick() -> dict[str, Any]:
         each = accuracies(network, data.test_images, data.test_labels, [Chain(10)])
         found = {chain: [runs] for chain, runs in each.items()}
         table(variant, found)
-        smoke[variant] = headline(found)
+        smoke[variant] = mean(found[papers(found)])
     print("\nin the JSON, dt, ct and fm are the built-in checkpoints', at the most steps, without "
           "noise;\nbackprop, of which there is no checkpoint, is the smoke run's")  # fmt: skip
     return figures | {"backprop": smoke["backprop"], "smoke": smoke}
@@ -174,16 +164,6 @@ def quick() -> dict[str, Any]:
 def read(folder: Path) -> Examples:
     """All of MNIST."""
     return Examples(*examples(folder, "train"), *examples(folder, "test"))
-
-
-def headline(found: Mapping[Chain, list[list[float]]]) -> float:
-    """The mean accuracy of the chain without noise that has the most steps."""
-    best = max((chain for chain in found if not chain.eta), key=lambda chain: chain.steps)
-    return mean(found[best])
-
-
-def mean(each: list[list[float]]) -> float:
-    return statistics.mean(a for training in each for a in training)
 
 
 def main() -> None:
