@@ -9,11 +9,12 @@
 The network, settings and epochs of arXiv 2503.24322 (150 of "dt" and backprop; 500 of "ct" and "fm"
 with 10 classes, 1000 with 100); "repaired" has the defaults of `steering.finetune.noprop` and
 guesses that are probabilities, "paper" its squares, unclamped weights and raw velocities. It wants
-a GPU: on one core of a CPU an update of 128 images takes about 0.26 s, ten times as long for
-backprop's chain, so that "ct" of CIFAR-10 alone takes 14 hours and "dt" 42. On a GPU an update
-should take 5 to 10 ms: 1 to 2 hours for "dt", as long for backprop, half an hour each for "ct" and
-"fm" of CIFAR-10 and an hour of CIFAR-100 (estimates). `--quick` measures an update where it runs
-and says what that comes to. Training goes on from the checkpoints in --out.
+a GPU: on one core of a CPU an update of 128 images took 0.25 to 0.32 s, of backprop's chain 2.4 s,
+so that "ct" of CIFAR-10 would take 14 hours, backprop 40, "dt" 50 (measured updates times their
+number). On a GPU, where none of this was run, an update should take 5 to 10 ms: 1 to 2 hours for
+"dt", as long for backprop, half an hour each for "ct" and "fm" of CIFAR-10 and an hour of CIFAR-100
+(estimates). `--quick` measures an update where it runs and says what that comes to. Training goes
+on from the checkpoints in --out.
 
 FILE.npz has x_train [N,32,32,3] uint8, y_train [N], x_test and y_test; any set of 10 or 100 classes
 of such images will do. From the binary version of the published files
@@ -35,8 +36,8 @@ through JPEG: lossy, figures from it compare with each other only, a true copy i
 columns (means of two), class 10 · left + right; n images make n pairs, each image with another of
 its own part of the set in an order drawn once, every image once on the left and once on the right.
 It is an easier set than CIFAR-100: that something does not collapse here is no proof that it does
-not there, but what collapses here does so for want of nothing but a better loss. Networks have the
-paper's layers behind a small tower, (8, 16, 16) channels.
+not there. What does collapse here, another loss learns in as many epochs. Networks have the paper's
+layers behind a small tower, (8, 16, 16) channels.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def pairs_check(args: argparse.Namespace) -> dict[str, Any]:
     for name, each in figures.items():
         least = [t for t, a in each.items() if a >= COLLAPSED]
         verdict = f"from {min(least)} steps on" if least else "collapsed"
-        print(f"{name:<36}best {100 * max(each.values()):6.2f} %, "
+        print(f"{name:<38}best {100 * max(each.values()):6.2f} %, "
               f"above {100 * COLLAPSED:.0f} %: {verdict}")  # fmt: skip
     return {"pairs": figures}
 

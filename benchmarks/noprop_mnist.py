@@ -80,10 +80,12 @@ REPAIRS = {
 }
 _TINY = {"channels": (4, 8, 16), "hidden": 48, "dropout": 0.0}
 SMOKE = {
-    "dt": Recipe("dt", 10, _TINY, {"batch": 40}),
-    "ct": Recipe("ct", 20, _TINY, {"batch": 20}),  # without batch norm it takes more updates
-    "fm": Recipe("fm", 20, _TINY, {"batch": 20}),
-    "backprop": Recipe("backprop", 10, _TINY, {"batch": 40}),
+    "dt": Recipe("dt", 10, _TINY, {"batch": 40, "lr": 3e-3}),
+    "ct": Recipe(
+        "ct", 20, _TINY, {"batch": 20, "lr": 3e-3}
+    ),  # without batch norm it takes more updates
+    "fm": Recipe("fm", 20, _TINY, {"batch": 20, "lr": 3e-3}),
+    "backprop": Recipe("backprop", 10, _TINY, {"batch": 40, "lr": 3e-3}),
 }
 
 
