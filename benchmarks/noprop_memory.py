@@ -260,7 +260,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     header()
-    batch, rounds, updates, steps = (64, 1, 1, FEW) if args.quick else (128, 3, 2, 1000)
+    batch, rounds, updates, steps = (64, 1, 1, FEW) if args.quick else (128, 2, 1, 1000)
     print(
         f"batch {batch}, T = {BLOCKS}, float32, one-hot embeddings; {rounds} rounds of {updates} "
         f"timed updates; adjoint of {steps} steps"

@@ -7,10 +7,10 @@
 
 The network of arXiv 2503.24322 (its figure 6, one-hot labels, 10 blocks of "dt"), batch 128,
 learning rate 1e-3, weight decay 1e-3, no augmentation; AdamW with a warm-up and a cosine, where the
-paper has Adam or AdamW and says nothing of a schedule. "short" is for two cores: 4 epochs of "dt"
-and backprop, 6 of "ct" and "fm", the defaults of `steering.finetune.noprop`; with
-ACCELERATE_MIXED_PRECISION=bf16 set, in bfloat16. That is 1,872 updates a block of "dt" and of
-backprop's chain, ten times as long, and 2,808 of the others. "paper" has 100 epochs of everything
+paper has Adam or AdamW and says nothing of a schedule. "short" is for two cores: 4 epochs of
+everything, the defaults of `steering.finetune.noprop`; with ACCELERATE_MIXED_PRECISION=bf16 set, in
+bfloat16. That is 1,872 updates of "ct", of "fm", of each block of "dt" and of backprop's chain, where
+one takes ten times as long. "paper" has 100 epochs of everything
 and the paper's losses, unclamped: 46,800 updates, ten times that of "dt". It is for a GPU, where an
 update should take 5 to 10 ms, ten times that of backprop: 2 to 3 hours a seed (an estimate).
 
@@ -61,7 +61,7 @@ from steering.zoo.train_noprop import examples
 PAPER = {"dt": "99.47", "ct": "97.84", "fm": "99.21", "backprop": "99.46"}  # table 1, one-hot
 VELOCITY = {"output": "velocity"}
 RECIPES = {
-    "short": {v: Recipe(v, 4 if v in ("dt", "backprop") else 6) for v in VARIANTS},
+    "short": {v: Recipe(v, 4) for v in VARIANTS},
     "paper": {
         "dt": Recipe("dt", 100, training=PAPERS),
         "ct": Recipe("ct", 100, training=PAPERS),

@@ -55,7 +55,7 @@ from steering.rewards import Table
 from tests.exact.estimates import average
 
 STEPS = {"dt": 10, "ct": 20, "fm": 20}
-SEEDS = {1_000: 24, 10_000: 8, 100_000: 4}
+SEEDS = {1_000: 24, 10_000: 8, 30_000: 4}
 SEARCH = {1_000: 16, 10_000: 4}  # runs that settings are chosen on
 QUICK = {1_000: 4, 4_000: 2}
 WALKS, FEWER = 1_000_000, 50_000  # behind a table
