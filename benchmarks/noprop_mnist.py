@@ -9,10 +9,10 @@ The network of arXiv 2503.24322 (its figure 6, one-hot labels, 10 blocks of "dt"
 learning rate 1e-3, weight decay 1e-3, no augmentation; AdamW with a warm-up and a cosine, where the
 paper has Adam or AdamW and says nothing of a schedule. "short" is for two cores: 4 epochs of
 everything, the defaults of `steering.finetune.noprop`; with ACCELERATE_MIXED_PRECISION=bf16 set, in
-bfloat16. That is 1,872 updates of "ct", of "fm", of each block of "dt" and of backprop's chain, where
-one takes ten times as long. "paper" has 100 epochs of everything
-and the paper's losses, unclamped: 46,800 updates, ten times that of "dt". It is for a GPU, where an
-update should take 5 to 10 ms, ten times that of backprop: 2 to 3 hours a seed (an estimate).
+bfloat16. That is 1,872 updates of "ct", of "fm", of each block of "dt" and of backprop's chain,
+where one takes ten times as long. "paper" has 100 epochs of everything and the paper's losses,
+unclamped: 46,800 updates, ten times that of "dt". It is for a GPU, where an update should take 5 to
+10 ms, ten times that of backprop: 2 to 3 hours a seed (an estimate).
 
 `DIR` of the data holds mnist.npz: x_train, y_train, x_test, y_test. Training goes on from the
 checkpoints in --out, and what is done is only evaluated: several processes with --only and one
