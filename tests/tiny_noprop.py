@@ -23,6 +23,8 @@ def network(variant: Any = "dt", seed: int = 0, **options: Any) -> NoPropDenoise
         net = NoPropDenoiser(variant, **{**TINY, **options})
         for p in net.blocks.parameters():
             p.data *= 2 if p.ndim > 1 else 1
+        for k in range(len(net.blocks)):
+            net.block(k).join[-1].weight.data *= 8
     return net.eval()
 
 
