@@ -81,6 +81,8 @@ def test_it_is_called_with_what_it_was_trained_on():
     x, row = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.arange(2)
     again = [model.denoiser(x, torch.tensor([3.0, 1.0]), row) for _ in range(2)]
     assert torch.equal(*again)
+    evaluated = from_noprop(pipeline(network("dt")), pictures(2))
+    assert torch.equal(again[0], evaluated.denoiser(x, torch.tensor([3.0, 1.0]), row))
     assert model.denoiser.rows(torch.zeros(2), row).tolist() == [1, 1]
     assert not model.denoiser.fills
     assert from_noprop(pipeline(network("fm")), pictures(1)).denoiser.fills
@@ -135,7 +137,7 @@ def test_steered_labels_follow_the_table(variant, sampler):
         assert share == pytest.approx(1 - (1 - float(p[2])) ** 16, abs=4 * error + 0.02)
         return
     found = sample(
-        model, rewards.Table(REWARD), sampler, nfe=500, lam=lam, progress=False, batch=256
+        model, rewards.Table(REWARD), sampler, nfe=520, lam=lam, progress=False, batch=256
     )
     target = p * (lam * REWARD.double()).exp()
     z, target = float(target.sum()), target / target.sum()
@@ -271,7 +273,7 @@ def test_a_mistake_is_one_clear_error(given, words):
 
 
 def test_other_pipelines_are_refused():
-    with pytest.raises(TypeError, match="no NoPropPipeline: steering.from_pipeline takes other"):
+    with pytest.raises(TypeError, match="is a NoPropDenoiser, no NoPropPipeline"):
         from_noprop(network("dt"), pictures(1))
 
 
