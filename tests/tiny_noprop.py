@@ -16,11 +16,15 @@ TINY = {"classes": 4, "steps": 5, "embed_dim": 6, "image_size": SIZE, "channels"
         "hidden": 16}  # fmt: skip
 
 
-def network(variant: Any = "dt", seed: int = 0, **options: Any) -> NoPropDenoiser:
-    """Untrained, always the same for a seed, with logits that tell states and images apart."""
+def network(
+    variant: Any = "dt", seed: int = 0, *, loud: bool = True, **options: Any
+) -> NoPropDenoiser:
+    """Untrained, always the same for a seed; `loud`, with logits that tell states and images apart,
+    from which it would not learn well."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = NoPropDenoiser(variant, **{**TINY, **options})
+    if loud:
         for p in net.blocks.parameters():
             p.data *= 2 if p.ndim > 1 else 1
         for k in range(len(net.blocks)):

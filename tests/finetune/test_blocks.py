@@ -132,15 +132,23 @@ def test_a_block_becomes_the_same_alone_and_in_any_order():
         assert same(end, states(backwards)[k])
 
 
-def test_blocks_have_streams_of_their_own():
-    seen = {0: [], 1: [], 2: []}
-    rule = Watched(small_rule(), lambda k, numbers: seen[k].append(numbers))
-    train_blocks(rule, **QUICK)
-    orders = [torch.cat(seen[k]) for k in range(3)]
-    assert not torch.equal(orders[0], orders[1])
-    others = small_rule()
-    train_blocks(others, seed=1, **QUICK)
-    assert not any(same(a, b) for a, b in zip(states(rule), states(others), strict=True))
+def test_every_update_of_every_block_has_streams_of_its_own():
+    orders, drawn, net = [], [], small_rule()
+
+    class Drawing(Watched):
+        def loss(self, block, numbers, rng):
+            assert self.blocks[block].training
+            mine = torch.Generator().set_state(rng.get_state())  # which stays as it is
+            drawn.append((float(torch.rand((), generator=mine)), float(torch.rand(()))))
+            return self.rule.loss(block, numbers, rng)
+
+    for seed in (0, 1):
+        rule = Drawing(net, lambda k, numbers: None)
+        rule = Watched(rule, lambda k, numbers: orders.append(tuple(numbers.tolist())))
+        train_blocks(rule, seed=seed, **QUICK)
+    assert len(orders) == len(set(orders)) == 24  # batches of 8 of 32
+    for values in zip(*drawn, strict=True):  # of `rng`, and of the generator that dropout has
+        assert len(set(values)) == 24
 
 
 class Stop(Exception):
@@ -294,7 +302,7 @@ def test_epochs_are_counted_in_whole_batches(epochs, batch, updates):
     assert looked == whole + [updates] * (updates not in whole)
     assert ["seen" in line for line in history] == [n in looked for n in range(1, updates + 1)]
     for end in whole:  # an epoch shows no example twice
-        shown = sum(seen[end - every : end], [])
+        shown = [n for numbers in seen[end - every : end] for n in numbers]
         assert len(set(shown)) == len(shown)
     if len(whole) > 1:
         assert seen[0] != seen[every]
@@ -319,7 +327,7 @@ def test_an_update_that_is_not_finite_is_left_out():
 def test_updates_that_stay_not_finite_end_the_run():
     rule = Chain(lambda blocks, k, x: blocks[k](x) * math.inf)
     was = states(rule)
-    with pytest.raises(NotFiniteError, match="5 updates in a row.*Lower lr, or weigh the loss"):
+    with pytest.raises(NotFiniteError, match=r"5 updates in a row.*Lower lr, or weigh the loss"):
         train_blocks(rule, epochs=8, batch=8, progress=False)
     assert all(same(a, b) for a, b in zip(was, states(rule), strict=True))
 
