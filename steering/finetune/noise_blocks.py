@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +52,8 @@ def noise_blocks(
         epochs, batch, lr, decay, average, clip, blocks, seed, out, progress: see `train_blocks`.
 
     Raises:
-        ValueError: a scheduler without levels, images that are not the network's.
+        ValueError: a scheduler without levels or not of the network's timesteps, images that are
+            not the network's.
         LocalityError, NotFiniteError: as `train_blocks`.
     """
     return train_blocks(
@@ -65,7 +68,8 @@ class NoiseBlocks:
     """The local rule of `noise_blocks`, whose arguments these are.
 
     Raises:
-        ValueError: a scheduler without levels, images or labels that are not the network's.
+        ValueError: a scheduler without levels or not of the network's timesteps, images or labels
+            that are not the network's.
     """
 
     unet: Any
@@ -89,6 +93,13 @@ class NoiseBlocks:
             raise ValueError("labels: give them where the network takes labels, and only there.")
         if self.labels is not None and tuple(self.labels.shape) != (len(self.images),):
             raise ValueError(f"labels have shape {list(self.labels.shape)}: give one an image.")
+        levels, bounds = len(self.scheduler.alphas_cumprod), self.bounds
+        rising = all(a < b for a, b in itertools.pairwise(bounds))
+        if bounds[0] < 0 or bounds[-1] > levels or not rising:
+            raise ValueError(
+                f"unet has bounds={list(config['bounds'])}: the scheduler has timesteps 0 to "
+                f"{levels - 1}, and each block needs one."
+            )
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -100,9 +111,9 @@ class NoiseBlocks:
 
     @cached_property
     def bounds(self) -> list[int]:
-        """B + 1 timesteps."""
+        """B + 1 timesteps, the first whole ones of each block."""
         whole = [0, len(self.scheduler.alphas_cumprod)]
-        return [int(t) for t in self.unet.config.get("bounds", whole)]
+        return [math.ceil(t) for t in self.unet.config.get("bounds", whole)]
 
     def told(self) -> dict[str, Any]:
         plain = {k: v for k, v in self.unet.config.items() if not k.startswith("_")}

@@ -325,7 +325,7 @@ def learn_embedding(
     if network.config["embedding"] == "one-hot":
         raise ValueError("network has one-hot embeddings, which are fixed: there is no phase.")
     check_examples(network, "images", images, "labels", labels)
-    rule = _EmbeddingRule(network, images, labels)
+    rule = _EmbeddingRule(network, images, labels, seed)
     network.label_embedding.requires_grad_(True)
     try:
         train_blocks(rule, epochs=epochs, batch=batch, lr=lr, seed=seed, progress=progress)
@@ -336,9 +336,11 @@ def learn_embedding(
 class _EmbeddingRule:
     """One block: the embeddings and a probe."""
 
-    def __init__(self, network: NoPropDenoiser, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, network: NoPropDenoiser, images: Tensor, labels: Tensor, seed: int) -> None:
         settings = {k: v for k, v in network.config.items() if not k.startswith("_")}
-        self.probe = type(network)(**{**settings, "steps": 1, "output": "probabilities"})
+        with torch.random.fork_rng(devices=[]):  # weights are drawn from the global generator
+            torch.default_generator.manual_seed(seed)
+            self.probe = type(network)(**{**settings, "steps": 1, "output": "probabilities"})
         self.probe.label_embedding = network.label_embedding  # the same parameter
         self.probe.blocks.to(network.label_embedding.device)
         self.blocks = [self.probe]

@@ -66,7 +66,7 @@ def from_noprop(
         raise ValueError(f"abstain={abstain!r} is no probability: give one from 0 to below 1.")
     if not isinstance(images, Tensor) or not len(images):
         raise ValueError("images: give a tensor [R, C, H, W] in [0, 1], R from 1 on.")
-    if not images.is_floating_point() or bool(((images < 0) | (images > 1)).any()):
+    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
         raise ValueError("images: give floats in [0, 1], images.float() / 255 of bytes.")
     shape = (network.label_embedding.shape[1],)
     chain, prediction = read_scheduler(pipe.scheduler, shape, steps=steps, eta=eta, even=True)

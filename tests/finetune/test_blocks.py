@@ -1,9 +1,9 @@
-"""No gradient crosses a block; a block becomes the same wherever and whenever it is trained."""
+"""No gradient crosses a block, and what a block becomes depends on nothing but itself."""
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,202 +11,359 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from safetensors.torch import load_file
 
-from steering.finetune import LocalityError, NotFiniteError, train_blocks
-from steering.finetune.blocks import alone
-from tests.finetune.local_rules import Layers
+from steering.finetune import train_blocks
+from steering.finetune.blocks import LocalityError, alone
+from steering.finetune.loop import NotFiniteError
+from tests.finetune.block_processes import SETTINGS
+from tests.finetune.small_blocks import ROWS, Chain, Watched, same, small_rule, states
 
 ROOT = Path(__file__).parents[2]
+QUICK = {"epochs": 1, "batch": 8, "progress": False}
 
 
-def state(rule: Layers) -> list[torch.Tensor]:
-    """All weights and buffers."""
-    return [t.clone() for block in rule.blocks for t in block.state_dict().values()]
+# --- locality ------------------------------------------------------------------------------------
 
 
-def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+@pytest.mark.parametrize("k", range(3))
+def test_only_the_block_that_is_trained_learns(k):
+    rule, gathered = small_rule(), []
+
+    class Looking(Watched):
+        def watch(self, block):  # right after an update, before gradients are cleared
+            gathered.append([{p.grad is None for p in b.parameters()} for b in self.blocks])
+            return {}
+
+    before = states(rule)
+    train_blocks(Looking(rule, lambda *_: None), blocks=[k], **QUICK)
+    assert gathered == [[{j != k} for j in range(3)]]
+    for j, (was, block) in enumerate(zip(before, rule.blocks, strict=True)):
+        assert same(was, block.state_dict()) == (j != k)
+    moved = [not torch.equal(before[k][n], p) for n, p in rule.blocks[k].named_parameters()]
+    assert all(moved)
+    assert all(p.requires_grad for b in rule.blocks for p in b.parameters())
+    assert all(p.grad is None for b in rule.blocks for p in b.parameters())
 
 
-def train(rule: Layers, **given):
-    return train_blocks(rule, **{"epochs": 3, "batch": 8, "progress": False} | given)
+def after(blocks, k, x):
+    return blocks[(k + 1) % 3](blocks[k](x))
 
 
-@pytest.fixture(scope="module")
-def whole() -> Layers:
-    """All blocks trained in one go."""
-    rule = Layers()
-    train(rule)
-    return rule
+def inside(blocks, k, x):
+    return blocks[(k + 1) % 3][0](blocks[k](x))
 
 
-@pytest.mark.parametrize("mine", range(3))
-def test_only_one_block_learns(mine):
-    rule = Layers()
-    before = [copy.deepcopy(block.state_dict()) for block in rule.blocks]
-    with alone(rule.blocks, mine):
-        rule.loss(mine, torch.arange(8), torch.Generator()).backward()
-    for k, block in enumerate(rule.blocks):
-        assert all((p.grad is not None) == (k == mine) for p in block.parameters())
-        block.zero_grad()
-    train(rule, blocks=[mine])
-    for k, block in enumerate(rule.blocks):
-        changed = [not torch.equal(v, before[k][name]) for name, v in block.state_dict().items()]
-        assert all(changed) if k == mine else not any(changed)
-        assert all(p.requires_grad for p in block.parameters())
+def before(blocks, k, x):
+    return blocks[k](blocks[k - 1](x.requires_grad_()))
 
 
-@pytest.mark.parametrize("crossing", ["before", "after"])
-def test_a_gradient_that_crosses_raises(crossing):
-    # block 1's loss through block 0, whose weights are frozen, on an input that learns; or through
-    # block 2, which comes after it
-    rule = Layers(crossing=crossing)
-    other = {"before": 0, "after": 2}[crossing]
-    with pytest.raises(LocalityError, match=f"a gradient of block 1 passes block {other}"):
-        train(rule, blocks=[1])
-    assert all(p.requires_grad for block in rule.blocks for p in block.parameters())
-    rule.crossing = None
-    train(rule, blocks=[1], epochs=1)  # no hook was left behind
+def around(blocks, k, x):
+    return blocks[k](blocks[k - 1](blocks[k](x)))
 
 
-def test_blocks_that_share_weights_are_refused():
-    rule = Layers()
-    rule.blocks[2] = nn.Sequential(rule.blocks[0], nn.Linear(3, 3))
-    with pytest.raises(LocalityError, match="blocks 2 and 0 share weights"):
-        train(rule)
+@pytest.mark.parametrize("k", range(3))
+@pytest.mark.parametrize("path", [after, inside, before, around])
+def test_a_gradient_that_would_cross_is_an_error(path, k):
+    rule = Chain(path)
+    was, other = states(rule), k - 1 if path in (before, around) else (k + 1) % 3
+    with pytest.raises(LocalityError, match=rf"gradient of block {k} passes block {other % 3}"):
+        train_blocks(rule, blocks=[k], **QUICK)
+    assert all(same(a, b) for a, b in zip(was, states(rule), strict=True))
+    # all is as it was found: nothing is frozen, and no hook is left
+    rule.path(rule.blocks, k, torch.ones(1, 2)).sum().backward()
+    assert all(p.requires_grad for b in rule.blocks for p in b.parameters())
 
 
-@pytest.mark.parametrize("order", [[2], [2, 0, 1], [1, 2]])
-def test_a_block_is_the_same_alone_and_in_any_order(whole, order):
-    rule = Layers()
-    train(rule, blocks=order)
-    for k in order:
-        mine, other = rule.blocks[k].state_dict(), whole.blocks[k].state_dict()
-        assert all(torch.equal(mine[name], other[name]) for name in other)
+def test_what_others_hand_on_is_welcome():
+    def path(blocks, k, x):
+        with torch.no_grad():
+            x = blocks[k - 1](x)
+        h = blocks[k - 1](x)  # whose weights carry no gradient here
+        return blocks[k - 1](blocks[k](h).detach()) + blocks[k](h)
+
+    rule = Chain(path)
+    was = states(rule)
+    train_blocks(rule, blocks=[1], **QUICK)
+    assert [same(a, b) for a, b in zip(was, states(rule), strict=True)] == [True, False, True]
 
 
-def test_another_seed_is_another_block(whole):
-    rule = Layers()
-    train(rule, seed=1)
-    assert not equal(state(rule), state(whole))
+def test_shared_weights_are_an_error():
+    rule = Chain(lambda blocks, k, x: blocks[k](x))
+    rule.blocks[2][0].weight = rule.blocks[0][0].weight
+    with pytest.raises(LocalityError, match="blocks 2 and 0 share weights: give each its own"):
+        train_blocks(rule, **QUICK)
+    train_blocks(rule, blocks=[1], **QUICK)  # which shares none
 
 
-def test_an_interrupted_run_goes_on_to_the_bit(whole, tmp_path):
-    rule = Layers(breaks_at=(1, 8))  # in the second of three epochs of block 1
-    with pytest.raises(KeyboardInterrupt):
-        train(rule, out=tmp_path)
-    again = Layers()
-    histories = train(again, out=tmp_path)
-    assert equal(state(again), state(whole))
-    assert again.asked[0] == 0  # block 0 was done
-    assert 0 < again.asked[1] < 15  # of five updates an epoch
-    for k, history in histories.items():
-        assert [line["update"] for line in history] == list(range(1, 16)), k
-        lines = (tmp_path / f"block-{k:02d}" / "history.jsonl").read_text().splitlines()
-        assert [json.loads(line)["loss"] for line in lines] == [h["loss"] for h in history]
+def test_weights_that_were_frozen_stay_so():
+    rule = small_rule()
+    for block in rule.blocks:
+        block.join[0].weight.requires_grad_(False)
+    was = states(rule)
+    train_blocks(rule, **QUICK)
+    for block, old in zip(rule.blocks, was, strict=True):
+        assert not block.join[0].weight.requires_grad
+        assert torch.equal(block.join[0].weight, old["join.0.weight"])
+        assert not torch.equal(block.join[-1].weight, old["join.6.weight"])
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path):
-    train(Layers(), out=tmp_path, blocks=[0])
-    for given, told in (
-        ({"lr": 0.1}, r"lr=0.001, not 0\.1"),
-        ({"epochs": 4}, "epochs=3, not 4"),
-        ({"batch": 4}, "batch=8, not 4"),
-        ({"seed": 2}, "seed=0, not 2"),
-        ({"clip": 2.0}, r"clip=1\.0, not 2\.0"),
-    ):
-        with pytest.raises(ValueError, match=told):
-            train(Layers(), out=tmp_path, blocks=[0], **given)
+def test_alone_is_a_rule_for_other_loops_too():
+    rule = Chain(after)
+    with alone(rule.blocks, 0):
+        rule.blocks[0](torch.ones(1, 2)).sum().backward()
+        with pytest.raises(LocalityError):
+            after(rule.blocks, 0, torch.ones(1, 2))
+    assert [b[0].weight.grad is None for b in rule.blocks] == [False, True, True]
+
+
+# --- what a run is a function of -----------------------------------------------------------------
+
+
+def test_a_block_becomes_the_same_alone_and_in_any_order():
+    whole, backwards = small_rule(), small_rule()
+    train_blocks(whole, **QUICK)
+    train_blocks(backwards, blocks=[2, 1, 0], **QUICK)
+    for k, end in enumerate(states(whole)):
+        single = small_rule()
+        torch.rand(k + 1)  # the state of the global generator has no part in it
+        train_blocks(single, blocks=[k], **QUICK)
+        assert same(end, states(single)[k])
+        assert same(end, states(backwards)[k])
+
+
+def test_every_update_of_every_block_has_streams_of_its_own():
+    orders, drawn, net = [], [], small_rule()
+
+    class Drawing(Watched):
+        def loss(self, block, numbers, rng):
+            assert self.blocks[block].training
+            mine = torch.Generator().set_state(rng.get_state())  # which stays as it is
+            drawn.append((float(torch.rand((), generator=mine)), float(torch.rand(()))))
+            return self.rule.loss(block, numbers, rng)
+
+    for seed in (0, 1):
+        rule = Drawing(net, lambda k, numbers: None)
+        rule = Watched(rule, lambda k, numbers: orders.append(tuple(numbers.tolist())))
+        train_blocks(rule, seed=seed, **QUICK)
+    assert len(orders) == len(set(orders)) == 24  # batches of 8 of 32
+    for values in zip(*drawn, strict=True):  # of `rng`, and of the generator that dropout has
+        assert len(set(values)) == 24
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("average", [0.0, 0.6])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, average, fresh):
+    settings = {**QUICK, "epochs": 3, "average": average}
+    whole, calls = small_rule(), []
+    straight = train_blocks(whole, **settings)
+
+    def stop(block, numbers):
+        calls.append(block)
+        if len(calls) == 12 + 6:  # block 1, in its second epoch
+            raise Stop
+
+    broken = small_rule()
+    with pytest.raises(Stop):
+        train_blocks(Watched(broken, stop), out=tmp_path, **settings)
+    assert all(p.requires_grad for b in broken.blocks for p in b.parameters())
+    again = small_rule() if fresh else broken
+    resumed, calls = [], []
+    histories = train_blocks(
+        Watched(again, lambda k, _: resumed.append(k)), out=tmp_path, **settings
+    )
+    assert resumed == [1] * 8 + [2] * 12  # block 0 was done, and a whole epoch of block 1
+    assert all(same(a, b) for a, b in zip(states(whole), states(again), strict=True))
+
+    def figures(found):
+        return {k: [h["loss"] for h in lines] for k, lines in found.items()}
+
+    assert figures(histories) == figures(straight)
+    # a finished run is read, not trained again
+    read, calls = small_rule(), []
+    train_blocks(Watched(read, lambda k, _: calls.append(k)), out=tmp_path, **settings)
+    assert not calls
+    assert all(same(a, b) for a, b in zip(states(whole), states(read), strict=True))
+
+
+@pytest.mark.parametrize("other", [{"lr": 2e-3}, {"seed": 1}, {"average": 0.5}, {"batch": 4}])
+def test_a_folder_of_other_settings_is_refused(tmp_path, other):
+    train_blocks(small_rule(), blocks=[0], out=tmp_path, **QUICK)
+    (name,) = other
+    was = (tmp_path / "block-00" / "state.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=rf"holds a run with {name}=.*give the same, or another"):
+        train_blocks(small_rule(), blocks=[0], out=tmp_path, **{**QUICK, **other})
+    assert (tmp_path / "block-00" / "state.safetensors").read_bytes() == was
+
+
+def test_a_folder_of_other_data_is_refused(tmp_path):
+    train_blocks(small_rule(), blocks=[0], out=tmp_path, **QUICK)
+    rule = small_rule()
+    rule.labels[0] = 3
+    with pytest.raises(ValueError, match="holds a run with data="):
+        train_blocks(rule, blocks=[0], out=tmp_path, **QUICK)
+
+
+def test_the_global_generator_is_left_as_it_was():
+    def stop(block, numbers):
+        torch.rand(3)
+        raise Stop
+
+    rule = small_rule()
+    was = torch.get_rng_state()
+    with pytest.raises(Stop):
+        train_blocks(Watched(rule, stop), **QUICK)
+    assert torch.equal(torch.get_rng_state(), was)
+    train_blocks(rule, **QUICK)
+    assert torch.equal(torch.get_rng_state(), was)
+
+
+# --- several processes ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_processes_share_blocks_and_get_the_same_weights(whole, tmp_path):
+def test_two_processes_are_one_to_the_bit(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "-m", "tests.finetune.local_rules", str(tmp_path)]
+    command += ["--nproc_per_node", "2", "-m", "tests.finetune.block_processes", str(tmp_path)]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    told = [json.loads((tmp_path / f"process-{p}.json").read_text()) for p in range(2)]
-    assert [t["trained"] for t in told] == [[0, 2], [1]]
-    expected = [t.flatten().tolist() for t in state(whole)]
-    assert all(t["state"] == expected for t in told)
+    rule = small_rule()
+    train_blocks(rule, **SETTINGS)
+    for rank in range(2):  # each has all blocks, its own and the other's
+        found = load_file(tmp_path / f"process-{rank}.safetensors")
+        assert same(found, rule.network.state_dict())
+    lines = (tmp_path / "block-01" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update"] for line in lines] == [*range(1, 9)]  # trained once
+
+
+def test_several_processes_need_a_folder(monkeypatch):
+    import accelerate
+
+    class Two:
+        num_processes = 2
+        process_index = 0
+
+    monkeypatch.setattr(accelerate, "Accelerator", Two)
+    with pytest.raises(ValueError, match="out is missing: several processes exchange"):
+        train_blocks(small_rule(), **QUICK)
+
+
+# --- updates -------------------------------------------------------------------------------------
 
 
 def test_a_moving_average_is_what_is_left():
-    # decay .5: after n updates the mean of weights w_1 .. w_n with shares .5, .25, ..., the first
-    # of which is doubled, because the average begins there
-    rule = Layers()
-    seen: list[torch.Tensor] = []
-    rule.looks = lambda k: seen.append(rule.blocks[k][0].weight.detach().clone())
-    train(rule, blocks=[0], average=0.5, epochs=1)
-    last = Layers()
-    train(last, blocks=[0], epochs=1)
-    seen = [*seen[1:], last.blocks[0][0].weight.detach()]
-    mean = seen[0]
-    for w in seen[1:]:
-        mean = mean.lerp(w, 0.5)
-    # float32 sums in another order
-    torch.testing.assert_close(rule.blocks[0][0].weight.detach(), mean, rtol=1e-6, atol=1e-7)
+    on_the_way, raw = [], small_rule()
 
+    def look(block, numbers):
+        on_the_way.append(states(raw)[0])
 
-def test_an_average_is_resumed_to_the_bit(tmp_path):
-    rule = Layers()
-    train(rule, average=0.9)
-    with pytest.raises(KeyboardInterrupt):
-        train(Layers(breaks_at=(0, 12)), average=0.9, out=tmp_path)
-    again = Layers()
-    train(again, average=0.9, out=tmp_path)
-    assert equal(state(again), state(rule))
-
-
-def test_the_global_generator_is_left_as_it_was():
-    before = torch.default_generator.get_state()
-    train(Layers(), epochs=1)
-    assert torch.equal(torch.default_generator.get_state(), before)
-
-
-def test_a_fraction_of_an_epoch_and_a_rate_that_falls_to_zero():
-    rule = Layers()
-    assert [len(h) for h in train(rule, epochs=0.4).values()] == [2, 2, 2]  # of five updates
-    rates: list[float] = []
-    hook = register_optimizer_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
-    try:
-        train(rule, epochs=20, blocks=[0], lr=1e-2)
-    finally:
-        hook.remove()
-    assert rates[0] < max(rates) == pytest.approx(1e-2, rel=1e-3)
-    assert 0 < rates[-1] < 1e-4
-
-
-def test_updates_that_are_not_finite_are_left_out_and_then_end_the_run():
-    rule = Layers(bad=range(3, 5))
-    history = train(rule, blocks=[0])[0]
-    assert [line["update"] for line in history if line["skipped"]] == [4, 5]
-    assert all(bool(t.isfinite().all()) for t in state(rule))
-    with pytest.raises(NotFiniteError, match=r"5 updates in a row.*Lower lr"):
-        train(Layers(bad=range(3, 15)), blocks=[0])
+    train_blocks(Watched(raw, look), blocks=[0], **QUICK)
+    path = [*on_the_way[1:], states(raw)[0]]  # after each of the four updates
+    mean = small_rule()
+    train_blocks(mean, blocks=[0], average=0.75, **QUICK)
+    found = states(mean)[0]
+    for name, _ in mean.blocks[0].named_parameters():
+        expected = path[0][name]
+        for weights in path[1:]:
+            expected = 0.75 * expected + 0.25 * weights[name]
+        torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=0)  # float32
+        assert not torch.equal(found[name], path[-1][name])
+    for name, _ in mean.blocks[0].named_buffers():
+        assert torch.equal(found[name], path[-1][name])
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("epochs", "batch", "updates"), [(1, 8, 4), (0.5, 8, 2), (1.75, 8, 7), (2, 12, 4), (0.01, 8, 1)]
+)
+def test_epochs_are_counted_in_whole_batches(epochs, batch, updates):
+    seen, looked = [], []
+
+    class Looking(Watched):
+        def watch(self, block):
+            assert not self.blocks[block].training
+            looked.append(len(seen))
+            return {"seen": 1.0}
+
+    rule = Looking(small_rule(), lambda k, numbers: seen.append(numbers.tolist()))
+    (history,) = train_blocks(
+        rule, blocks=[1], epochs=epochs, batch=batch, progress=False
+    ).values()  # fmt: skip
+    assert [len(numbers) for numbers in seen] == [batch] * updates
+    assert [line["update"] for line in history] == [*range(1, updates + 1)]
+    every = ROWS // batch
+    whole = [*range(every, updates + 1, every)]
+    assert looked == whole + [updates] * (updates not in whole)
+    assert ["seen" in line for line in history] == [n in looked for n in range(1, updates + 1)]
+    for end in whole:  # an epoch shows no example twice
+        shown = [n for numbers in seen[end - every : end] for n in numbers]
+        assert len(set(shown)) == len(shown)
+    if len(whole) > 1:
+        assert seen[0] != seen[every]
+    assert all(math.isfinite(line["loss"]) and line["gradient"] > 0 for line in history)
+    assert not rule.blocks[1].training
+
+
+def test_an_update_that_is_not_finite_is_left_out():
+    class Bad(Watched):
+        calls = 0
+
+        def loss(self, block, numbers, rng):
+            self.calls += 1
+            return self.rule.loss(block, numbers, rng) * (math.nan if self.calls == 2 else 1)
+
+    rule = Bad(small_rule(), lambda *_: None)
+    (history,) = train_blocks(rule, blocks=[0], average=0.5, **QUICK).values()
+    assert [line["skipped"] for line in history] == [False, True, False, False]
+    assert all(bool(v.isfinite().all()) for v in rule.blocks[0].state_dict().values())
+
+
+def test_updates_that_stay_not_finite_end_the_run():
+    rule = Chain(lambda blocks, k, x: blocks[k](x) * math.inf)
+    was = states(rule)
+    with pytest.raises(NotFiniteError, match=r"5 updates in a row.*Lower lr, or weigh the loss"):
+        train_blocks(rule, epochs=8, batch=8, progress=False)
+    assert all(same(a, b) for a, b in zip(was, states(rule), strict=True))
+
+
+def test_the_gradient_is_clipped_and_weights_decay():
+    ends = []
+    for more in ({}, {"clip": 1e-9}, {"decay": 100.0}):
+        rule = small_rule()
+        train_blocks(rule, blocks=[0], **QUICK, **more)
+        ends.append(states(rule)[0]["join.0.weight"])
+    start = states(small_rule())[0]["join.0.weight"]
+    assert (ends[1] - start).abs().max() < 0.5 * (ends[0] - start).abs().max()
+    assert ends[2].norm() < 0.95 * start.norm()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
     [
-        ({"epochs": 0}, "epochs=0"),
-        ({"batch": 0}, "batch=0"),
-        ({"batch": 41}, "batch=41 is more than there is: give 40"),
+        ({"epochs": 0}, "epochs=0: give a finite number above 0"),
+        ({"epochs": math.inf}, "epochs=inf"),
+        ({"batch": 0}, "batch=0: give a whole number"),
+        ({"batch": ROWS + 1}, f"batch={ROWS + 1} is more than there is: give {ROWS} at most"),
         ({"lr": 0.0}, "lr=0.0"),
-        ({"clip": float("nan")}, "clip=nan"),
-        ({"decay": -1}, "decay=-1"),
-        ({"average": 1.0}, r"average=1\.0"),
-        ({"blocks": [3]}, "blocks has 3: give numbers from 0 to 2"),
-        ({"blocks": [True]}, "blocks has True"),
+        ({"lr": "fast"}, "lr='fast'"),
+        ({"clip": 0.0}, "clip=0.0"),
+        ({"decay": -1.0}, "decay=-1.0"),
+        ({"average": 1.0}, "average=1.0: give a number from 0 to below 1"),
+        ({"average": -0.1}, "average=-0.1"),
+        ({"blocks": [0, 3]}, "blocks has 3: give numbers from 0 to 2"),
+        ({"blocks": [-1]}, "blocks has -1"),
+        ({"blocks": [0.0]}, "blocks has 0.0"),
     ],
 )
-def test_bad_arguments_are_told_before_the_first_update(given, told):
-    rule = Layers()
-    with pytest.raises(ValueError, match=told):
-        train(rule, **given)
-    assert not any(rule.asked)
+def test_arguments_that_cannot_be_are_refused_by_name(wrong, words):
+    rule = small_rule()
+    was = states(rule)
+    with pytest.raises(ValueError, match=words):
+        train_blocks(rule, **{**QUICK, **wrong})
+    assert all(same(a, b) for a, b in zip(was, states(rule), strict=True))
