@@ -85,7 +85,8 @@ def trained(
     end_to_end = recipe.variant == "backprop"
     variant: Any = "dt" if end_to_end else recipe.variant
     options: dict[str, Any] = {**data.shape, **recipe.network}
-    network = seeded(lambda: NoPropDenoiser(variant, **options), seed).to(DEVICE)
+    network: Any = seeded(lambda: NoPropDenoiser(variant, **options), seed)
+    network.to(DEVICE)
     _embed(network, data, seed, out, progress)
     told: dict[str, Any] = {
         "epochs": recipe.epochs, "seed": seed, "out": out, "progress": progress, **recipe.training
