@@ -116,14 +116,19 @@ def test_weights_of_ten_blocks():
     rise = [math.tan(math.pi * t / 20) ** 2 - math.tan(math.pi * (t - 1) / 20) ** 2
             for t in range(1, 10)]  # fmt: skip
     assert [round(r, 2) for r in rise[:3]] == [0.03, 0.08, 0.15]
-    snr = rule_of(net).weights
+    now = torch.zeros(1)  # of "dt" a block has one time
+
+    def weights(**given):
+        return torch.cat([rule_of(net, **given).weight(k, now) for k in range(10)])
+
+    snr = weights()
     assert snr[:9].tolist() == pytest.approx([5 * r for r in rise], rel=1e-4)  # float32 levels
     assert float(snr[9]) == 1e6  # its SNR ends at infinity
     assert float(snr[9] / snr.sum()) > 0.99
-    clamped = rule_of(net, weighting="clamped", limit=3.0).weights
+    clamped = weights(weighting="clamped", limit=3.0)
     assert clamped.tolist() == pytest.approx([min(5 * r, 3.0) for r in rise] + [3.0], rel=1e-4)
-    assert rule_of(net, weighting="clamped").weights.max() == 5
-    assert rule_of(net, weighting="uniform").weights.tolist() == [1.0] * 10
+    assert weights(weighting="clamped").max() == 5
+    assert weights(weighting="uniform").tolist() == [1.0] * 10
 
 
 def test_weights_are_told():
@@ -132,9 +137,12 @@ def test_weights_are_told():
     ).values()
     assert len(history) == 3
     assert "accuracy" in history[-1]
-    rule = rule_of(network("dt"), weighting="clamped")
-    assert rule.told()["weights"] == rule.weights.tolist()
-    assert rule.told()["weighting"] == "clamped"
+    assert history[-1]["weight"] == 1.0  # uniform
+    given = {"loss": "squared", "weighting": "clamped", "limit": 0.3}
+    for variant, blocks in (("dt", 3), ("ct", 1), ("fm", 1)):
+        histories = noprop(network(variant), pictures(24), LABELS, epochs=1, **given, **QUICK)
+        for k in range(blocks - 1, len(histories)):
+            assert histories[k][-1]["weight"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("variant", ["ct", "fm"])
@@ -157,10 +165,9 @@ def term_of(rule, n=24, seed=0):
     rng = random_of(seed)
     noise = torch.randn(n, u.shape[1], generator=rng)
     t = (torch.arange(n) + torch.rand(n, generator=rng)) / n
-    gamma, slope = net.schedule(t)
     features = net.block(0).encode(pictures(24)[:n]).detach()
-    term = rule._schedule_loss(gamma, slope, u, noise, 1000 * (1 - t), features)
-    gamma, slope = net.schedule(t)  # the term is made by going back through the other once
+    term = rule._schedule_loss(t, u, noise, features)
+    gamma, slope = net.schedule(t)
     level = torch.sigmoid(-gamma)[:, None]
     z = level.sqrt() * u + (1 - level).sqrt() * noise
     guess = net.guess(net.block(0)(z, 1000 * (1 - t), features))
