@@ -85,7 +85,7 @@ def noprop(
 
     Returns:
         {block: history}: "loss" and "gradient" of every update; after every epoch "weight", the
-        largest over the block's times, and "accuracy" of its own guess from noise on `test`.
+        largest over the block's times, and "accuracy" on `test` of its guess at its noisiest level.
 
     Raises:
         ValueError, LocalityError, NotFiniteError: as `train_blocks`.
@@ -223,11 +223,14 @@ class NoPropRule:
             return told
         images, y = self.test[0][:_WATCHED], self.test[1][:_WATCHED]
         features = net.block(block).encode(unit(images).to(device))
-        # from pure noise, all that is left to go by is the image
-        rng = torch.Generator().manual_seed(0)
-        noise = torch.randn(len(y), net.label_embedding.shape[1], generator=rng).to(device)
+        # at the noisiest level it learns: in continuous time, all there is to go by is the image
+        noise = torch.randn(
+            len(y), net.label_embedding.shape[1], generator=torch.Generator().manual_seed(0)
+        ).to(device)
+        level = 0.0 if net.timed else float(self._alpha_bar[block])
+        z = level**0.5 * net.label_embedding[y.to(device)] + (1 - level) ** 0.5 * noise
         timestep = torch.full((len(y),), 1000.0, device=device)
-        right = net.block(block)(noise, timestep, features).argmax(-1).cpu() == y
+        right = net.block(block)(z, timestep, features).argmax(-1).cpu() == y
         return told | {"accuracy": float(right.double().mean())}
 
     @cached_property

@@ -3,9 +3,9 @@
     python -m steering.zoo.train_noprop --data DIR --out DIR --variant dt|ct|fm --epochs 8
 
 writes a pipeline folder (a `NoPropPipeline`, weights in float16) and `train.jsonl`, a line for each
-epoch of each block: its mean loss, and the accuracy of the block's own guess from pure noise on the
-first 1,000 test images, by which nothing is chosen. Started again with the same `--out`, it goes on
-from the last epoch. In several processes, blocks are shared out:
+epoch of each block: its mean loss, and the accuracy of the block's own guess, at the noisiest level
+it learns, on the first 1,000 test images, by which nothing is chosen. Started again with the same
+`--out`, it goes on from the last epoch. In several processes, blocks are shared out:
 
     accelerate launch --num_processes 2 --cpu -m steering.zoo.train_noprop ...
 
