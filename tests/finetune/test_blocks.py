@@ -249,7 +249,10 @@ def test_several_processes_need_a_folder(monkeypatch):
     class Two:
         num_processes = 2
         process_index = 0
+        mixed_precision = "no"
+        device = torch.device("cpu")
 
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(accelerate, "Accelerator", Two)
     with pytest.raises(ValueError, match="out is missing: several processes exchange"):
         train_blocks(small_rule(), **QUICK)

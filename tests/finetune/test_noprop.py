@@ -116,25 +116,34 @@ def test_weights_of_ten_blocks():
     rise = [math.tan(math.pi * t / 20) ** 2 - math.tan(math.pi * (t - 1) / 20) ** 2
             for t in range(1, 10)]  # fmt: skip
     assert [round(r, 2) for r in rise[:3]] == [0.03, 0.08, 0.15]
-    snr = rule_of(net).weights
+
+    def weights(**more):
+        rule = rule_of(net, **more)
+        each = [rule.weight(k, torch.zeros(3)) for k in range(10)]
+        assert all(bool((w == w[0]).all()) for w in each)  # one time a block
+        return torch.stack(each)[:, 0]
+
+    snr = weights()
     assert snr[:9].tolist() == pytest.approx([5 * r for r in rise], rel=1e-4)  # float32 levels
     assert float(snr[9]) == 1e6  # its SNR ends at infinity
     assert float(snr[9] / snr.sum()) > 0.99
-    clamped = rule_of(net, weighting="clamped", limit=3.0).weights
+    clamped = weights(weighting="clamped", limit=3.0)
     assert clamped.tolist() == pytest.approx([min(5 * r, 3.0) for r in rise] + [3.0], rel=1e-4)
-    assert rule_of(net, weighting="clamped").weights.max() == 5
-    assert rule_of(net, weighting="uniform").weights.tolist() == [1.0] * 10
+    assert weights(weighting="clamped").max() == 5
+    assert weights(weighting="uniform").tolist() == [1.0] * 10
 
 
-def test_weights_are_told():
-    (history,) = noprop(
-        network("ct"), pictures(24), LABELS, epochs=1, test=(pictures(8, 1), LABELS[:8]), **QUICK
-    ).values()
-    assert len(history) == 3
-    assert "accuracy" in history[-1]
-    rule = rule_of(network("dt"), weighting="clamped")
-    assert rule.told()["weights"] == rule.weights.tolist()
-    assert rule.told()["weighting"] == "clamped"
+@pytest.mark.parametrize("variant", ["dt", "ct", "fm"])
+def test_after_an_epoch_a_block_tells_its_weight_and_its_accuracy(variant):
+    net, test = network(variant), (pictures(8, 1), LABELS[:8])
+    settings = {"weighting": "clamped", "limit": 1.5, "test": test, "epochs": 1.5, **QUICK}
+    histories = noprop(net, pictures(24), LABELS, **settings)
+    for k, history in histories.items():
+        assert ["accuracy" in line for line in history] == [False, False, True, True]
+        assert history[-1]["accuracy"] * 8 == round(history[-1]["accuracy"] * 8)
+        rule = rule_of(net, weighting="clamped", limit=1.5)
+        largest = float(rule.weight(k, torch.linspace(0, 1, 101)).max())
+        assert history[-1]["weight"] == pytest.approx(largest, rel=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["ct", "fm"])
@@ -157,10 +166,9 @@ def term_of(rule, n=24, seed=0):
     rng = random_of(seed)
     noise = torch.randn(n, u.shape[1], generator=rng)
     t = (torch.arange(n) + torch.rand(n, generator=rng)) / n
-    gamma, slope = net.schedule(t)
     features = net.block(0).encode(pictures(24)[:n]).detach()
-    term = rule._schedule_loss(gamma, slope, u, noise, 1000 * (1 - t), features)
-    gamma, slope = net.schedule(t)  # the term is made by going back through the other once
+    term = rule._schedule_loss(t, u, noise, features)
+    gamma, slope = net.schedule(t)
     level = torch.sigmoid(-gamma)[:, None]
     z = level.sqrt() * u + (1 - level).sqrt() * noise
     guess = net.guess(net.block(0)(z, 1000 * (1 - t), features))
