@@ -340,6 +340,8 @@ def test_a_block_is_trained_alone_to_the_same_bits(tmp_path):
     assert same(start[0], states(rules[1])[0])
     with pytest.raises(ValueError, match="holds a run with data="):
         noise_blocks(whole, scheduler(), images[:-1], labels[:-1], out=tmp_path, **quick)
+    with pytest.raises(ValueError, match=r"holds a run with average=0\.999, not 0"):
+        noise_blocks(whole, scheduler(), images, labels, average=0.0, out=tmp_path, **quick)
     with pytest.raises(ValueError, match="holds a run with levels="):
         noise_blocks(
             whole, scheduler(beta_schedule="scaled_linear"), images, labels, out=tmp_path, **quick

@@ -126,7 +126,18 @@ def test_timesteps_count_down_to_the_clean_end():
     table = learned(1).alpha_bar()
     assert table.shape == (1000,)
     assert bool((table.diff() < 0).all())
-    assert float(table[0]) == pytest.approx(0.99, abs=1e-6)  # float32 of the network
+    assert float(table[0]) == pytest.approx(0.99, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_schedule_stays_one_in_half_precision(dtype):
+    net = learned(1)
+    full = net.alpha_bar()
+    half = net.to(dtype).alpha_bar()
+    assert bool((half.diff() < 0).all())
+    assert min(scheduler(net).config["trained_betas"]) > 0
+    # its 48 weights are rounded; a level moves by a fourth of what their logit does
+    torch.testing.assert_close(half, full, atol=8 * torch.finfo(dtype).eps, rtol=0)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

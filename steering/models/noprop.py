@@ -19,6 +19,7 @@ Imports diffusers, so that it is itself imported only where it is used.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,9 +148,9 @@ class NoPropDenoiser(ModelMixin, ConfigMixin):
         k = torch.arange(self.steps, dtype=torch.float64)
         if self.schedule is None:
             return (math.pi / 2 * (1 - (k + 1) / self.steps)).sin().square()
-        with torch.no_grad():
-            gamma, _ = self.schedule((1 - k / TIMES).to(self.label_embedding))
-        return torch.sigmoid(-gamma.double().cpu())
+        with torch.no_grad():  # in half precision neighbouring levels would be the same
+            gamma, _ = copy.deepcopy(self.schedule).double().cpu()(1 - k / TIMES)
+        return torch.sigmoid(-gamma)
 
     def block(self, k: int) -> NoPropBlock:
         """The k-th block, from noise on."""

@@ -116,10 +116,12 @@ def test_weights_of_ten_blocks():
     rise = [math.tan(math.pi * t / 20) ** 2 - math.tan(math.pi * (t - 1) / 20) ** 2
             for t in range(1, 10)]  # fmt: skip
     assert [round(r, 2) for r in rise[:3]] == [0.03, 0.08, 0.15]
-    now = torch.zeros(1)  # of "dt" a block has one time
 
-    def weights(**given):
-        return torch.cat([rule_of(net, **given).weight(k, now) for k in range(10)])
+    def weights(**more):
+        rule = rule_of(net, **more)
+        each = [rule.weight(k, torch.zeros(3)) for k in range(10)]
+        assert all(bool((w == w[0]).all()) for w in each)  # one time a block
+        return torch.stack(each)[:, 0]
 
     snr = weights()
     assert snr[:9].tolist() == pytest.approx([5 * r for r in rise], rel=1e-4)  # float32 levels
@@ -131,18 +133,17 @@ def test_weights_of_ten_blocks():
     assert weights(weighting="uniform").tolist() == [1.0] * 10
 
 
-def test_weights_are_told():
-    (history,) = noprop(
-        network("ct"), pictures(24), LABELS, epochs=1, test=(pictures(8, 1), LABELS[:8]), **QUICK
-    ).values()
-    assert len(history) == 3
-    assert "accuracy" in history[-1]
-    assert history[-1]["weight"] == 1.0  # uniform
-    given = {"loss": "squared", "weighting": "clamped", "limit": 0.3}
-    for variant, blocks in (("dt", 3), ("ct", 1), ("fm", 1)):
-        histories = noprop(network(variant), pictures(24), LABELS, epochs=1, **given, **QUICK)
-        for k in range(blocks - 1, len(histories)):
-            assert histories[k][-1]["weight"] == pytest.approx(0.3)
+@pytest.mark.parametrize("variant", ["dt", "ct", "fm"])
+def test_after_an_epoch_a_block_tells_its_weight_and_its_accuracy(variant):
+    net, test = network(variant), (pictures(8, 1), LABELS[:8])
+    settings = {"weighting": "clamped", "limit": 1.5, "test": test, "epochs": 1.5, **QUICK}
+    histories = noprop(net, pictures(24), LABELS, **settings)
+    for k, history in histories.items():
+        assert ["accuracy" in line for line in history] == [False, False, True, True]
+        assert history[-1]["accuracy"] * 8 == round(history[-1]["accuracy"] * 8)
+        rule = rule_of(net, weighting="clamped", limit=1.5)
+        largest = float(rule.weight(k, torch.linspace(0, 1, 101)).max())
+        assert history[-1]["weight"] == pytest.approx(largest, rel=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["ct", "fm"])
