@@ -167,14 +167,19 @@ Found = Mapping[Chain, Sequence[Sequence[float]]]  # accuracies [trainings][runs
 
 
 def evaluated(
-    recipes: Mapping[str, Recipe], data: Examples, seeds: int, out: Path, many: int
+    recipes: Mapping[str, Recipe],
+    data: Examples,
+    seeds: int,
+    out: Path,
+    many: int,
+    steps: Sequence[int] = STEPS,
 ) -> tuple[dict[str, Found], dict[str, list[float]]]:
     """Accuracies by variant, and seconds of each training; what is not trained in `out` is."""
     found: dict[str, Found] = {}
     seconds: dict[str, list[float]] = {}
     print(f"{'':<12}{'epochs':>8}{'seed':>6}{'s of training (wall time)':>27}")
     for variant, recipe in recipes.items():
-        chains = chains_of(variant, STEPS, many)
+        chains = chains_of(variant, steps, many)
         each, seconds[variant] = [], []
         for seed in range(seeds):
             network, took = trained(recipe, data, seed, out / f"{variant}-{seed}")
