@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -158,105 +159,104 @@ def train_blocks(
     several = accelerator.num_processes > 1
     if several and out is None:
         raise ValueError("out is missing: several processes exchange their blocks through it.")
-    histories = {}
     told = {
         "epochs": epochs, "batch": batch, "decay": decay, "average": average, "seed": seed,
         "precision": accelerator.mixed_precision, **rule.told(),
     }  # fmt: skip
-
-    def run(k: int, shown: bool) -> None:
-        folder = None if out is None else Path(out) / f"block-{k:02d}"
-        with alone(rule.blocks, k):
-            histories[k] = _train(
-                rule, k, every, updates, batch, lr, decay, average, clip, seed,
-                told | {"block": k}, folder, shown, accelerator,
-            )  # fmt: skip
-
-    for k in [*wanted][accelerator.process_index :: accelerator.num_processes]:
-        run(k, progress and accelerator.is_main_process)
+    folder = None if out is None else Path(out)
+    run = _Run(
+        rule, every, updates, batch, lr, decay, average, clip, seed, told, folder, accelerator
+    )
+    histories = {
+        k: run.train(k, progress and accelerator.is_main_process)
+        for k in [*wanted][accelerator.process_index :: accelerator.num_processes]
+    }
     if several:
-        accelerator.wait_for_everyone()
-        for k in wanted:
-            if k not in histories:
-                run(k, False)  # which finds it done, and reads it
+        accelerator.wait_for_everyone()  # the others are done then, and only have to be read
+        histories |= {k: run.train(k, False) for k in wanted if k not in histories}
     return histories
 
 
-def _train(
-    rule: LocalRule,
-    k: int,
-    every: int,
-    updates: int,
-    batch: int,
-    lr: float,
-    decay: float,
-    average: float,
-    clip: float,
-    seed: int,
-    told: dict[str, Any],
-    folder: Path | None,
-    progress: bool,
-    accelerator: Any,
-) -> list[dict[str, Any]]:
-    """The history of block k, which is trained in place."""
-    block = rule.blocks[k]
-    device = next(block.parameters()).device
-    free = [p for p in block.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(free, lr, weight_decay=decay, fused=True)
-    mean: AveragedModel | None = None
-    more = {f"buffer/{name}": b for name, b in block.named_buffers()}
-    if average:
-        mean = AveragedModel(block, multi_avg_fn=get_ema_multi_avg_fn(average))
-        more |= {f"average/{name}": t for name, t in mean.state_dict().items()}
-        optimizer.register_step_post_hook(lambda *_: mean.update_parameters(block))
-    order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
+@dataclass(frozen=True)
+class _Run:
+    """How any block is trained: the settings of `train_blocks`."""
 
-    def rate(number: int) -> float:
-        risen = (number + 1) / max(1.0, _WARMUP * updates)
-        return min(1.0, risen) * 0.5 * (1 + math.cos(math.pi * number / updates))
+    rule: LocalRule
+    every: int  # updates in an epoch
+    updates: int
+    batch: int
+    lr: float
+    decay: float
+    average: float
+    clip: float
+    seed: int
+    told: dict[str, Any]
+    out: Path | None
+    accelerator: Any
 
-    def gradient(number: int) -> Figures:
-        nonlocal order
-        epoch, at = divmod(number, every)
-        if order[0] != epoch:
-            order = epoch, torch.randperm(rule.rows, generator=_stream(seed, k, "epoch", epoch))
-        numbers = order[1][at * batch : (at + 1) * batch]
-        rng = _stream(seed, k, "update", number)
-        block.train()
-        with _dropout_of(rng, device), accelerator.autocast():
-            loss = rule.loss(k, numbers, rng)
-        if bool(torch.isfinite(loss)):
-            loss.backward()
-        return Figures({"loss": float(loss.detach())}, {"images": batch})
+    def train(self, k: int, progress: bool) -> list[dict[str, Any]]:
+        """The history of block k, which is trained in place."""
+        block = self.rule.blocks[k]
+        device = next(block.parameters()).device
+        free = [p for p in block.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(free, self.lr, weight_decay=self.decay, fused=True)
+        mean: AveragedModel | None = None
+        more = {f"buffer/{name}": b for name, b in block.named_buffers()}
+        if self.average:
+            mean = AveragedModel(block, multi_avg_fn=get_ema_multi_avg_fn(self.average))
+            more |= {f"average/{name}": t for name, t in mean.state_dict().items()}
+            optimizer.register_step_post_hook(lambda *_: mean.update_parameters(block))
+        order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
 
-    def watch() -> Figures:
-        block.eval()
-        with torch.no_grad(), accelerator.autocast():
-            return Figures(rule.watch(k), {})
+        def gradient(number: int) -> Figures:
+            nonlocal order
+            epoch, at = divmod(number, self.every)
+            if order[0] != epoch:
+                rng = _stream(self.seed, k, "epoch", epoch)
+                order = epoch, torch.randperm(self.rule.rows, generator=rng)
+            numbers = order[1][at * self.batch : (at + 1) * self.batch]
+            rng = _stream(self.seed, k, "update", number)
+            block.train()
+            with _dropout_of(rng, device), self.accelerator.autocast():
+                loss = self.rule.loss(k, numbers, rng)
+            if bool(torch.isfinite(loss)):
+                loss.backward()
+            return Figures({"loss": float(loss.detach())}, {"images": self.batch})
 
-    try:
-        done = fit(
-            block,
-            block,
-            gradient,
-            watch,
-            told,
-            optimizer,
-            updates=updates,
-            clip=clip,
-            every=every,
-            out=folder,
-            progress=progress,
-            advice="Lower lr, or weigh the loss less steeply.",
-            rate=rate,
-            more=more,
-            label=f"block {k}",
-        )
-    finally:
-        block.eval()
-    if mean is not None:
-        block.load_state_dict(mean.module.state_dict())
-    return done.history
+        def watch() -> Figures:
+            block.eval()
+            with torch.no_grad(), self.accelerator.autocast():
+                return Figures(self.rule.watch(k), {})
+
+        with alone(self.rule.blocks, k):
+            try:
+                done = fit(
+                    block,
+                    block,
+                    gradient,
+                    watch,
+                    self.told | {"block": k},
+                    optimizer,
+                    updates=self.updates,
+                    clip=self.clip,
+                    every=self.every,
+                    out=None if self.out is None else self.out / f"block-{k:02d}",
+                    progress=progress,
+                    advice="Lower lr, or weigh the loss less steeply.",
+                    rate=self._rate,
+                    more=more,
+                    label=f"block {k}",
+                )
+            finally:
+                block.eval()
+        if mean is not None:
+            block.load_state_dict(mean.module.state_dict())
+        return done.history
+
+    def _rate(self, number: int) -> float:
+        """Share of the learning rate at an update."""
+        risen = (number + 1) / max(1.0, _WARMUP * self.updates)
+        return min(1.0, risen) * 0.5 * (1 + math.cos(math.pi * number / self.updates))
 
 
 def _stream(seed: int, block: int, what: str, number: int) -> torch.Generator:
