@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steering.digest import digest
+from steering.finetune.blocks import settings_of
 from steering.finetune.noprop import unit
 from steering.gaussian import GaussianProcess
 from steering.models.noprop import NoPropDenoiser, scheduler
@@ -30,9 +31,8 @@ class EndToEnd:
         self.chain: GaussianProcess = chain.to(network.label_embedding.device)
 
     def told(self) -> dict[str, Any]:
-        network = {k: v for k, v in self.network.config.items() if not k.startswith("_")}
         data = [digest(self.images), digest(self.labels)]
-        return {"rule": "backprop", "network": network, "data": data}
+        return {"rule": "backprop", "network": settings_of(self.network), "data": data}
 
     def loss(self, block: int, numbers: Tensor, rng: torch.Generator) -> Tensor:
         """Cross-entropy of the last block's logits."""

@@ -35,3 +35,16 @@ def test_features_label_as_their_images_do(variant):
 def test_images_or_features_are_given(given):
     with pytest.raises(ValueError, match="give images, or their features: one of the two"):
         pipeline("fm")(**{name: torch.zeros(2, 1, 8, 8) for name in given})
+
+
+def test_bytes_and_what_is_out_of_range_are_refused():
+    pipe = pipeline("fm")
+    for images in (
+        torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+        torch.full((2, 1, 8, 8), 1.5),
+        torch.full((2, 1, 8, 8), torch.nan),
+    ):
+        with pytest.raises(ValueError, match=r"images: give floats in \[0, 1\]"):
+            pipe(images)
+    with pytest.raises(ValueError, match="images: give a tensor"):
+        pipe([[0.5]])

@@ -54,6 +54,11 @@ class LocalRule(Protocol):
         ...
 
 
+def settings_of(network: Any) -> dict[str, Any]:
+    """The arguments that a diffusers model was made with."""
+    return {k: v for k, v in network.config.items() if not k.startswith("_")}
+
+
 class LocalityError(RuntimeError):
     """A gradient would have crossed a block."""
 

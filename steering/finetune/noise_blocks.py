@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steering.digest import digest
-from steering.finetune.blocks import train_blocks
+from steering.finetune.blocks import settings_of, train_blocks
 from steering.gaussian import over_data
 
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -116,9 +116,8 @@ class NoiseBlocks:
         return [math.ceil(t) for t in self.unet.config.get("bounds", whole)]
 
     def told(self) -> dict[str, Any]:
-        plain = {k: v for k, v in self.unet.config.items() if not k.startswith("_")}
         return {
-            "network": plain,
+            "network": settings_of(self.unet),
             "prediction": self.scheduler.config["prediction_type"],
             "levels": digest(self.scheduler.alphas_cumprod),
             "data": [digest(self.images), self.labels is not None and digest(self.labels)],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steering.digest import digest
-from steering.finetune.blocks import train_blocks
+from steering.finetune.blocks import settings_of, train_blocks
 from steering.finetune.loop import check_numbers
 
 if TYPE_CHECKING:
@@ -141,9 +141,8 @@ class NoPropRule:
         return len(self.images)
 
     def told(self) -> dict[str, Any]:
-        network = {k: v for k, v in self.network.config.items() if not k.startswith("_")}
         return {
-            "network": network,
+            "network": settings_of(self.network),
             "embedding": digest(self.network.label_embedding),
             "data": [digest(self.images), digest(self.labels)],
             "loss": self.objective,
@@ -340,10 +339,11 @@ class _EmbeddingRule:
     """One block: the embeddings and a probe."""
 
     def __init__(self, network: NoPropDenoiser, images: Tensor, labels: Tensor, seed: int) -> None:
-        settings = {k: v for k, v in network.config.items() if not k.startswith("_")}
         with torch.random.fork_rng(devices=[]):  # weights are drawn from the global generator
             torch.default_generator.manual_seed(seed)
-            self.probe = type(network)(**{**settings, "steps": 1, "output": "probabilities"})
+            self.probe = type(network)(
+                **{**settings_of(network), "steps": 1, "output": "probabilities"}
+            )
         self.probe.label_embedding = network.label_embedding  # the same parameter
         self.probe.blocks.to(network.label_embedding.device)
         self.blocks = [self.probe]

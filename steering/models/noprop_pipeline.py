@@ -96,6 +96,7 @@ class NoPropPipeline(DiffusionPipeline):
         if (images is None) == (features is None):
             raise ValueError("give images, or their features: one of the two.")
         if images is not None:
+            check_images(images)
             features = network.encode(images.to(device, network.dtype))
         assert features is not None
         shape = (len(features), network.label_embedding.shape[1])
@@ -115,6 +116,14 @@ class NoPropPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         output = LabelOutput(labels=labels, classes=classes, states=x)
         return output if return_dict else (labels, classes, x)
+
+
+def check_images(images: Any) -> None:
+    """ValueError unless these are images to be classified: a tensor of floats in [0, 1]."""
+    if not isinstance(images, Tensor) or not len(images):
+        raise ValueError("images: give a tensor [N, C, H, W] in [0, 1], N from 1 on.")
+    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
+        raise ValueError("images: give floats in [0, 1], images.float() / 255 of bytes.")
 
 
 def check_steps(network: NoPropDenoiser, steps: Any) -> int:

@@ -53,7 +53,7 @@ def from_noprop(
         TypeError: no `NoPropPipeline`.
         ValueError: images that are not the network's; steps, eta or abstain that cannot be.
     """
-    from steering.models.noprop_pipeline import NoPropPipeline, check_steps
+    from steering.models.noprop_pipeline import NoPropPipeline, check_images, check_steps
 
     if not isinstance(pipe, NoPropPipeline):
         raise TypeError(
@@ -64,10 +64,7 @@ def from_noprop(
     steps = check_steps(network, pipe.steps if steps is None else steps)
     if not isinstance(abstain, (int, float)) or not 0 <= abstain < 1:
         raise ValueError(f"abstain={abstain!r} is no probability: give one from 0 to below 1.")
-    if not isinstance(images, Tensor) or not len(images):
-        raise ValueError("images: give a tensor [R, C, H, W] in [0, 1], R from 1 on.")
-    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
-        raise ValueError("images: give floats in [0, 1], images.float() / 255 of bytes.")
+    check_images(images)
     shape = (network.label_embedding.shape[1],)
     chain, prediction = read_scheduler(pipe.scheduler, shape, steps=steps, eta=eta, even=True)
     process = chain.to(device)
