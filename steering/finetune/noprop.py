@@ -161,10 +161,9 @@ class NoPropRule:
         if variant == "fm":
             z = t[:, None] * u + (1 - t)[:, None] * noise
         elif net.schedule is not None:
-            z = _noised(net.schedule(t)[0].detach(), u, noise)
+            z = _noised(_level(net.schedule(t)[0].detach()), u, noise)
         else:
-            level = self._alpha_bar[block].to(device)
-            z = level.sqrt() * u + (1 - level).sqrt() * noise
+            z = _noised(self._alpha_bar[block].to(device), u, noise)
         features = net.block(block).encode(unit(self.images[numbers]).to(device))
         logits = net.block(block)(z, 1000 * (1 - t), features).float()
         if net.config["output"] == "velocity":
@@ -203,7 +202,7 @@ class NoPropRule:
         net = self.network
         assert net.schedule is not None
         gamma, slope = net.schedule(t)
-        logits = net.block(0)(_noised(gamma, u, noise), 1000 * (1 - t), features).float()
+        logits = net.block(0)(_noised(_level(gamma), u, noise), 1000 * (1 - t), features).float()
         bound = -slope * (-gamma).exp() / 2 * (net.guess(logits) - u).square().sum(1)
         spread = bound.square().mean() / bound.detach().mean().square().clamp(min=1e-12)
         weights = list(net.schedule.parameters())
@@ -226,8 +225,8 @@ class NoPropRule:
         noise = torch.randn(
             len(y), net.label_embedding.shape[1], generator=torch.Generator().manual_seed(0)
         ).to(device)
-        level = 0.0 if net.timed else float(self._alpha_bar[block])
-        z = level**0.5 * net.label_embedding[y.to(device)] + (1 - level) ** 0.5 * noise
+        level = torch.zeros(()) if net.timed else self._alpha_bar[block]
+        z = _noised(level.to(device), net.label_embedding[y.to(device)], noise)
         timestep = torch.full((len(y),), 1000.0, device=device)
         right = net.block(block)(z, timestep, features).argmax(-1).cpu() == y
         return told | {"accuracy": float(right.double().mean())}
@@ -238,10 +237,14 @@ class NoPropRule:
         return self.network.alpha_bar().flip(0).float()
 
 
-def _noised(gamma: Tensor, u: Tensor, noise: Tensor) -> Tensor:
-    """States [N, d] of signal sigmoid(-γ), γ [N]."""
-    level = torch.sigmoid(-gamma)[:, None]
+def _noised(level: Tensor, u: Tensor, noise: Tensor) -> Tensor:
+    """States [N, d] of signal level, [N, 1] or []."""
     return level.sqrt() * u + (1 - level).sqrt() * noise
+
+
+def _level(gamma: Tensor) -> Tensor:
+    """sigmoid(-γ) [N, 1] of γ [N]."""
+    return torch.sigmoid(-gamma)[:, None]
 
 
 def unit(images: Tensor) -> Tensor:
@@ -359,7 +362,7 @@ class _EmbeddingRule:
         noise, other = (torch.randn(n, u.shape[1], generator=rng).to(u) for _ in range(2))
         t = ((torch.arange(n) + torch.rand(n, generator=rng)) / n).to(u)
         features = self.probe.block(0).encode(unit(self.images[numbers]).to(u.device))
-        z = t.sqrt()[:, None] * u + (1 - t).sqrt()[:, None] * noise
+        z = _noised(t[:, None], u, noise)
         guess = self.probe.guess(self.probe.block(0)(z, 1000 * (1 - t), features).float())
         apart = _APART**0.5 * u + (1 - _APART) ** 0.5 * other
         far = torch.cdist(apart, _APART**0.5 * embedding).square() / (2 * (1 - _APART))
